@@ -1,0 +1,87 @@
+//! The two backends, the trait that each op implements for both, and the list of all ops.
+
+use crate::cuda::Stream;
+use crate::error::Result;
+use crate::ops::{blockwise_4bit, blockwise_8bit, gemm_4bit, nested, tensorwise};
+use crate::spec::{Bind, Compiled, Value};
+
+/// Runs an op whose arguments were checked. An op without one of the two implementations does not compile.
+pub trait Run<Op> {
+    /// Computes `op`: at once on the CPU, enqueued on the stream on CUDA.
+    ///
+    /// # Safety
+    /// The op must have been bound from values that `check_inputs` and `check_outputs` accepted, and the memory behind
+    /// its tensors must be live, initialized where it is read, and untouched by others until the work is done.
+    unsafe fn run(&self, op: &Op) -> Result<()>;
+}
+
+/// Host memory: loops over slices.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    /// Most threads that an op may use.
+    pub num_threads: usize,
+}
+
+/// A CUDA device: kernels on the caller's stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Cuda {
+    /// Where the work is enqueued; also names the device.
+    pub stream: Stream,
+}
+
+/// The backend of one call.
+#[derive(Clone, Copy, Debug)]
+pub enum Backend {
+    /// Host memory.
+    Cpu(Cpu),
+    /// A CUDA device.
+    Cuda(Cuda),
+}
+
+/// One row of the list of ops: the declaration, and the call with values that it has accepted.
+#[derive(Debug)]
+pub struct Op {
+    /// The declaration, parsed.
+    pub compiled: fn() -> &'static Compiled,
+    /// Binds the values and runs the op. Safety: as [`Run::run`].
+    pub run: unsafe fn(&[Value], &Backend) -> Result<()>,
+}
+
+/// # Safety
+/// As [`Run::run`].
+unsafe fn run<O: Bind>(values: &[Value], backend: &Backend) -> Result<()>
+where
+    Cpu: Run<O>,
+    Cuda: Run<O>,
+{
+    let op = O::from_checked(values);
+    // SAFETY: the caller keeps the promises of `Run::run`.
+    unsafe {
+        match backend {
+            Backend::Cpu(cpu) => cpu.run(&op),
+            Backend::Cuda(cuda) => cuda.run(&op),
+        }
+    }
+}
+
+macro_rules! ops {
+    ($($Op:ty),+ $(,)?) => {
+        /// Every op of the crate.
+        pub static OPS: &[Op] = &[$(Op { compiled: <$Op as Bind>::compiled, run: run::<$Op> }),+];
+    };
+}
+
+ops![
+    blockwise_4bit::Quantize4bit,
+    blockwise_4bit::Dequantize4bit,
+    blockwise_4bit::Pack4bit,
+    blockwise_4bit::Unpack4bit,
+    blockwise_8bit::QuantizeBlockwise,
+    blockwise_8bit::DequantizeBlockwise,
+    nested::QuantizeAbsmax,
+    tensorwise::Quantize,
+    tensorwise::Dequantize,
+    tensorwise::QuantizeNoAbsmax,
+    tensorwise::DequantizeNoAbsmax,
+    gemm_4bit::Gemm4bit,
+];

@@ -1,0 +1,59 @@
+//! One file per concept: the declarations, the launch plans, and the two implementations of each op.
+
+pub mod blockwise_4bit;
+pub mod blockwise_8bit;
+pub mod gemm_4bit;
+pub mod nested;
+pub mod tensorwise;
+
+use crate::cuda::{Launch, Symbol};
+use crate::tensor::{Dtype, Tensor};
+
+/// Most blocks of a grid; kernels walk on from there.
+const MAX_GRID: u64 = (1 << 31) - 1;
+
+/// Evaluates an expression with `T` standing for the float type of a checked dtype.
+macro_rules! with_float {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::Dtype::Float32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::tensor::Dtype::Float16 => {
+                type $T = half::f16;
+                $body
+            }
+            $crate::tensor::Dtype::Bfloat16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other => unreachable!("a checked float dtype, got {other}"),
+        }
+    };
+}
+pub(crate) use with_float;
+
+/// A launch over `n` elements, `per_block` to a thread block, without dynamic shared memory.
+fn launch_over(symbol: Symbol, n: i64, per_block: u64, threads: u32) -> Launch {
+    let grid = (n as u64).div_ceil(per_block).min(MAX_GRID);
+    Launch { symbol, grid, threads, shared_bytes: 0 }
+}
+
+/// The kernel of `family` for a dtype.
+fn symbol(family: &'static str, dtype: Dtype) -> Symbol {
+    Symbol { family, dtype: Some(dtype), codebook: "", number: 0 }
+}
+
+/// Address of an optional tensor, null where there is none.
+fn address(tensor: Option<Tensor>) -> *const u8 {
+    tensor.map_or(std::ptr::null(), |tensor| tensor.data.cast_const())
+}
+
+/// log2 of a block size, which is a power of two.
+fn block_shift(block_size: i64) -> i32 {
+    block_size.trailing_zeros() as i32
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,157 @@
+//! Plans and launches of every op, without a GPU: they name kernels that the build holds, and pass what they read.
+
+use crate::backend::{Backend, Cuda, OPS};
+use crate::cuda::recorder::{Machine, Recorder};
+use crate::cuda::{Stream, images, param_bytes};
+use crate::spec::{Bind, Role, Value};
+use crate::tensor::{Device, Dtype, Tensor};
+use std::collections::BTreeSet;
+
+/// A device tensor at an address that nobody reads.
+fn tensor(address: usize, dtype: Dtype, shape: &[i64]) -> Tensor {
+    Tensor::new(std::ptr::without_provenance_mut(address), dtype, Device::Cuda(0), shape)
+}
+
+fn stream() -> Stream {
+    Stream { handle: std::ptr::without_provenance_mut(0x40), device: 0 }
+}
+
+/// Every legal combination of choices for `op`, with `n` elements (M = `m`, N = 100 rows of K = `k`).
+fn calls(op: &crate::backend::Op, n: i64, m: i64, k: i64) -> Vec<Vec<Value<'static>>> {
+    let compiled = (op.compiled)();
+    let mut calls: Vec<Vec<Value<'static>>> = vec![Vec::new()];
+    for (i, arg) in compiled.spec.args.iter().enumerate() {
+        let address = 0x1000_0000 * (i + 1);
+        let choices: Vec<Value<'static>> = match arg.role {
+            Role::Int if arg.name == "N" => vec![Value::Int(100)],
+            Role::Int if arg.name == "K" => vec![Value::Int(k)],
+            Role::Int => vec![Value::Int(n)],
+            Role::OneOf(choices) => choices.iter().map(|choice| Value::Int(*choice)).collect(),
+            Role::OneOfStr(choices) => choices.iter().map(|choice| Value::Str(choice)).collect(),
+            Role::OneOfDtype(choices) => choices.iter().map(|choice| Value::Dtype(*choice)).collect(),
+            Role::In(dtypes, _) | Role::Flat(dtypes, _) => {
+                dtypes.iter().map(|dtype| Value::Tensor(tensor(address, *dtype, &[]))).collect()
+            }
+            Role::Optional(dtypes, _) | Role::OptionalFlat(dtypes, _) => {
+                let given = dtypes.iter().map(|dtype| Value::Tensor(tensor(address, *dtype, &[])));
+                given.chain([Value::Absent]).collect()
+            }
+            Role::Out(..) | Role::Scratch(_) => vec![Value::Absent],
+        };
+        calls = (calls.into_iter())
+            .flat_map(|call| choices.iter().map(move |choice| [call.clone(), vec![*choice]].concat()))
+            .collect();
+    }
+    calls.into_iter().filter_map(|call| sized(op, call, n, m, k)).collect()
+}
+
+/// The call with tensors of the right sizes, or None where its rules forbid it.
+fn sized(op: &crate::backend::Op, mut call: Vec<Value<'static>>, n: i64, m: i64, k: i64) -> Option<Vec<Value<'static>>> {
+    let compiled = (op.compiled)();
+    let int = |name: &str, call: &[Value]| {
+        compiled.spec.args.iter().zip(call).find_map(|(arg, value)| match value {
+            Value::Int(number) if arg.name == name => Some(*number),
+            _ => None,
+        })
+    };
+    let block_size = int("block_size", &call).unwrap_or(1);
+    let n = int("N", &call).map_or(n, |rows| rows * k);
+    let blocks = (n + block_size - 1) / block_size;
+    for (i, arg) in compiled.spec.args.iter().enumerate() {
+        let address = 0x1000_0000 * (i + 1);
+        if let Value::Tensor(given) = call[i] {
+            let shape = match arg.role {
+                Role::In(_, "M, K") => vec![m, k],
+                Role::Optional(_, "N") => vec![100],
+                Role::Flat(_, "256") | Role::OptionalFlat(_, "256") => vec![256],
+                Role::Flat(_, "1") | Role::OptionalFlat(_, "1") => vec![1],
+                Role::Flat(_, text) if text.contains("block_size") => vec![blocks],
+                Role::OptionalFlat(..) => vec![(blocks + 255) / 256],
+                Role::Flat(_, text) if text.starts_with("ceil_div") => vec![(n + 1) / 2],
+                _ => vec![n],
+            };
+            call[i] = Value::Tensor(tensor(address, given.dtype, &shape));
+        }
+    }
+    let symbols = compiled.check_inputs(&call).ok()?;
+    for (i, arg) in compiled.spec.args.iter().enumerate() {
+        if matches!(arg.role, Role::Out(..) | Role::Scratch(_)) {
+            let output = compiled.output(i, &call, &symbols).expect("checked");
+            call[i] = Value::Tensor(tensor(0x1000_0000 * (i + 1), output.dtype, output.shape()));
+        }
+    }
+    compiled.check_outputs(&call, &symbols).expect("sized as the declaration says");
+    Some(call)
+}
+
+#[test]
+fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
+    if images().is_empty() {
+        return; // QBITS_CUDA=0: there is nothing that a plan could name
+    }
+    let mut launched = BTreeSet::new();
+    for op in OPS {
+        let name = (op.compiled)().spec.name;
+        for (m, k) in [(1, 64), (5, 128), (9, 63), (2, 8)] {
+            for call in calls(op, 100 * k, m, k) {
+                let recorder = Recorder::install(Machine::h200());
+                // SAFETY: the recorder stands in for the driver: no address is read.
+                let result = unsafe { (op.run)(&call, &Backend::Cuda(Cuda { stream: stream() })) };
+                result.unwrap_or_else(|error| panic!("{name}: {error}"));
+                let launches = recorder.launches();
+                assert!(!launches.is_empty(), "{name} must launch");
+                for launch in launches {
+                    assert_eq!(param_bytes(&launch.kernel), Some(launch.params.len() as u32), "{}", launch.kernel);
+                    assert!(launch.grid > 0 && launch.stream == 0x40);
+                    launched.insert(launch.kernel);
+                }
+            }
+        }
+    }
+    let all: BTreeSet<String> =
+        images().iter().flat_map(|image| image.kernels.iter().map(|kernel| kernel.name.to_owned())).collect();
+    let large = |name: &str| name.contains("rows64"); // taken from 4224 rows up, see below
+    let unused: Vec<_> = all.difference(&launched).filter(|name| !large(name)).collect();
+    assert!(unused.is_empty(), "kernels that no plan selects: {unused:?}");
+}
+
+#[test]
+fn empty_tensors_launch_nothing_but_their_scalars() {
+    for op in OPS {
+        let compiled = (op.compiled)();
+        let num_scalars = compiled.spec.args.iter().filter(|arg| matches!(arg.role, Role::Out(_, ""))).count();
+        for call in calls(op, 0, 0, 0).into_iter().take(3) {
+            if compiled.spec.name == "gemm_4bit" {
+                continue; // N = 100 and K = 0 with M = 0: covered by the early return
+            }
+            let recorder = Recorder::install(Machine::h200());
+            // SAFETY: as above.
+            let result = unsafe { (op.run)(&call, &Backend::Cuda(Cuda { stream: stream() })) };
+            if num_scalars == 0 {
+                result.expect("nothing to do");
+                assert!(recorder.launches().is_empty(), "{}", compiled.spec.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn grids_stay_within_the_limit_and_kernels_walk_on() {
+    use crate::ops::blockwise_4bit::Quantize4bit;
+    if images().is_empty() {
+        return;
+    }
+    let n = 1i64 << 44;
+    let call = [
+        Value::Tensor(tensor(1 << 50, Dtype::Float32, &[n])),
+        Value::Str("nf4"),
+        Value::Int(64),
+        Value::Tensor(tensor(1 << 51, Dtype::Uint8, &[n / 2])),
+        Value::Tensor(tensor(1 << 52, Dtype::Float32, &[n / 64])),
+    ];
+    let recorder = Recorder::install(Machine::h200());
+    Quantize4bit::compiled().check_inputs(&call).expect("legal");
+    // SAFETY: the recorder stands in for the driver.
+    unsafe { (OPS[0].run)(&call, &Backend::Cuda(Cuda { stream: stream() })) }.expect("launched");
+    assert_eq!(recorder.launches()[0].grid, (1 << 31) - 1);
+}
