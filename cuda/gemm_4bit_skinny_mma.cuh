@@ -1,0 +1,227 @@
+// Skinny 4-bit GEMM on tensor cores: weights are the [16, 16] operand, tokens the eight columns.
+// Codes in place, two to a byte, absmax per block: Dettmers et al., QLoRA, arXiv:2305.14314, section 3.
+#pragma once
+#include "gemm_4bit_skinny.cuh"
+
+namespace skinny {
+
+constexpr int kMaxThreads = 512;        // a CTA has these or half of them
+constexpr int kChunk = 128;  // columns that a warp multiplies at once: 16 bytes of codes per lane and row
+constexpr int kTableWords = 256 * 32;   // of shared memory; behind it the map of nested absmax and the warps' areas
+constexpr int kMapWords = 256;
+
+/// Factor of a codebook's values before they are rounded to T. Chosen so that all 16 lie near representable
+/// values: for NF4 the rms error of a bfloat16 weight is 7.8e-4 instead of 1.36e-3 (1.65e-3 for rounding
+/// value * absmax), of a float16 weight 8.0e-5 instead of 1.8e-4 (search over [1, 2), codes weighted by their
+/// frequency in Gaussian blocks of 64).
+template <typename T, typename Codebook>
+constexpr float kFactor = 1.0f;
+template <>
+constexpr float kFactor<bfloat16, Nf4> = 1.4367135f;
+template <>
+constexpr float kFactor<float16, Nf4> = 1.3661925f;
+template <>
+constexpr float kFactor<bfloat16, Af4> = 1.7892965f;
+template <>
+constexpr float kFactor<float16, Af4> = 1.7665435f;
+template <typename T>
+constexpr float kFactor<T, Fp4> = 12.0f;  // exact in both types
+
+__device__ __forceinline__ uint32_t bits_of(bfloat16 v) { return __bfloat16_as_ushort(v); }
+__device__ __forceinline__ uint32_t bits_of(float16 v) { return __half_as_ushort(v); }
+
+/// Line b of the table gets the pair of values of byte b, high nibble first, once for each lane's bank: 32 lanes look up 32
+/// different bytes without a conflict.
+template <typename T>
+__device__ __forceinline__ void fill_pair_table(const Gemm4bitSkinnyParams& p, float* table) {
+    const uint32_t byte = threadIdx.x % 256;
+    const uint32_t pair = with_codebook(p, [&]<typename Codebook>(Codebook) {
+        const auto value = [](uint32_t code) {
+            return bits_of(T(__fmul_rn(select_value<Codebook>(code), kFactor<T, Codebook>)));
+        };
+        return value(byte >> 4) | value(byte & 15) << 16;
+    });
+    for (int i = threadIdx.x / 256; i < 8; i += blockDim.x / 256)
+        reinterpret_cast<uint4*>(table)[byte * 8 + (i + byte) % 8] = make_uint4(pair, pair, pair, pair);
+}
+
+}  // namespace skinny
+
+/// One CTA computes up to kTiles tiles of 16 rows. Its warps divide K into runs of chunks; each keeps partial
+/// sums of all rows, which are added at the end in the order of the warps.
+///
+/// Lane (g, t) of a warp holds 16 bytes of codes of rows g and g + 8: columns 32 t .. of a chunk, so the
+/// lanes of a quad may lie in different blocks. One product of 16 columns then mixes kBlocks blocks; they are
+/// kept apart by the tokens' operand: its column token * kBlocks + b is the token's input in the lanes of
+/// block b and zero in the others.
+///
+/// Offsets from the CTA's first row are 32-bit: K <= 2^24.
+template <typename T, bool kNested, int kTiles, int kTokenTiles, int kBlocks>
+__device__ __forceinline__ void gemm_4bit_skinny_mma(const Gemm4bitSkinnyParams& p) {
+    using namespace skinny;
+    using Scales = BlockScales<kNested>;
+    static_assert(kTiles == 2 || kTiles == 4, "four tiles of codes are in flight");
+    static_assert(kBlocks == 2 || kBlocks == 4, "blocks of 64 columns or more, or of 32");
+    constexpr int kTokensPerTile = 8 / kBlocks, kTokens = kTokenTiles * kTokensPerTile;
+    constexpr int kAhead = 4 / kTiles;       // chunks whose codes are in flight
+    constexpr int kPanel = 8 / kBlocks;      // chunks whose scales are staged at once: 8 per row
+    constexpr int kAreaWords = kTiles * 128;  // of a warp: scales [tile][row][8], later sums [tile][token][row]
+
+    float* const table = dynamic_shared();
+    float* const map = table + kTableWords;
+    float* const areas = map + kMapWords;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int cta = blockIdx.x, k = int(p.k);
+    const int log2_warps = blockDim.x == kMaxThreads ? 4 : 3;
+    const int64_t first_row = 16 * (int64_t(cta) * p.tiles_per_cta + min(cta, p.num_larger_ctas));
+    const int num_tiles = p.tiles_per_cta + (cta < p.num_larger_ctas);
+    const int num_rows = int(min(p.n - first_row, int64_t(16 * num_tiles)));
+
+    const int num_chunks = (k + kChunk - 1) / kChunk;
+    const int chunk_begin = num_chunks * warp >> log2_warps, chunk_end = num_chunks * (warp + 1) >> log2_warps;
+    const int lane_end = min(chunk_end, (k - 32 * t + kChunk - 1) / kChunk);  // of this lane's columns
+
+    const uint8_t* codes = p.packed + (first_row + g) * (k / 2) + 16 * t;
+    keep_in_register(codes);
+    uint4 ring[kAhead][kTiles][2] = {};
+    const auto load_codes = [&](uint4 (&v)[2], int tile, int chunk) {
+        const int lane_rows = chunk < lane_end ? num_rows - g : 0;
+        #pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if ((2 * tile + i) * 8 < lane_rows)
+                v[i] = load_streaming(
+                    reinterpret_cast<const uint4*>(codes + uint32_t((2 * tile + i) * 4 * k + chunk * (kChunk / 2))));
+    };
+    // This lane fetches the scales of column lane % 8 of rows lane / 8 + 4 i, 128 / kBlocks elements to a column. Bit 2 of
+    // the row swaps columns, so that eight rows are read without a bank conflict.
+    const Scales scales(p, first_row * k, map);
+    typename Scales::Raw raw[kTiles * 4];
+    uint32_t lane_element = lane / 8 * k + lane % 8 * (kChunk / kBlocks);
+    keep_in_register(lane_element);
+    const auto lane_rows_of = [&](int panel) {  // for which this lane has a scale to fetch
+        const int column = panel * kChunk + lane % 8 * (kChunk / kBlocks);
+        return column < min(chunk_end * kChunk, k) ? num_rows - lane / 8 : 0;
+    };
+    const auto load_scales = [&](int panel) {
+        const int lane_rows = lane_rows_of(panel);
+        #pragma unroll
+        for (int i = 0; i < kTiles * 4; ++i) {
+            raw[i] = 0;
+            if (4 * i < lane_rows) raw[i] = scales.load(lane_element + uint32_t(panel * kChunk + 4 * i * k));
+        }
+    };
+    float* const area = areas + warp * kAreaWords;
+    const auto store_scales = [&](int panel) {
+        const int lane_rows = lane_rows_of(panel);
+        __syncwarp();
+        #pragma unroll
+        for (int i = 0; i < kTiles * 4; ++i) {
+            float scale = 0.0f;
+            if (4 * i < lane_rows) scale = scales.decode(raw[i], lane_element + uint32_t(panel * kChunk + 4 * i * k));
+            area[i * 32 + (lane ^ i % 2 * kBlocks)] = scale;
+        }
+        __syncwarp();
+    };
+
+    uint32_t lane_table = shared_address(table + lane);
+    const auto look_up = [&](uint32_t word, int byte) { return load_shared(__dp4a(word, 128u << 8 * byte, lane_table)); };
+    const float* lane_scales = area + g * 8;
+    keep_in_register(lane_scales);
+    const bool owns_block = g % kBlocks == t * kBlocks / 4;
+    bool is_table_filled = false;
+
+    for (int64_t first_token = 0; first_token < p.m; first_token += kTokens) {
+        #pragma unroll
+        for (int a = 0; a < kAhead; ++a)
+            #pragma unroll
+            for (int i = 0; i < kTiles; ++i) load_codes(ring[a][i], i, chunk_begin + a);
+        const T* input = static_cast<const T*>(p.input) + (first_token + g / kBlocks) * k + 32 * t;
+        keep_in_register(input);
+        // This lane's columns of the operand are tokens g / kBlocks + kTokensPerTile * i, in its own block only.
+        const int lane_tokens = owns_block ? int(min(p.m - first_token, int64_t(kTokens))) - g / kBlocks : 0;
+        uint4 x[kTokenTiles][4] = {};
+        const auto load_input = [&](int chunk) {
+            #pragma unroll
+            for (int i = 0; i < kTokenTiles; ++i)
+                if (i * kTokensPerTile < lane_tokens && chunk < lane_end)
+                    #pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        x[i][j] =
+                            __ldg(reinterpret_cast<const uint4*>(input + uint32_t(i * kTokensPerTile * k + chunk * kChunk)) + j);
+        };
+        load_input(chunk_begin);
+        float sum[kTiles][kTokenTiles][2] = {};  // rows g and g + 8; token 2 t / kBlocks of a token tile
+        int panel = chunk_begin;
+        #pragma unroll 1
+        do {
+            load_scales(panel);
+            if (!is_table_filled) {
+                fill_pair_table<T>(p, table);
+                __syncthreads();
+                is_table_filled = true;
+            }
+            keep_in_register(lane_table);
+            store_scales(panel);
+            #pragma unroll 1
+            for (int ring_begin = 0; ring_begin < kPanel; ring_begin += kAhead)
+                #pragma unroll
+                for (int a = 0; a < kAhead; ++a) {
+                    const int chunk = panel + ring_begin + a;
+                    if (chunk >= chunk_end) break;
+                    const int pair = (ring_begin + a) * (kBlocks / 2) + (kBlocks == 4 ? t % 2 : 0);
+                    const float* const chunk_scales = lane_scales + (pair ^ g / 4 * (kBlocks / 2)) * 2;
+                    #pragma unroll
+                    for (int tile = 0; tile < kTiles; ++tile) {
+                        if (tile >= num_tiles) break;
+                        uint4 (&v)[2] = ring[a][tile];
+                        const uint32_t top[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
+                        const uint32_t bottom[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
+                        float product[kTokenTiles][4] = {};
+                        #pragma unroll
+                        for (int j = 0; j < 8; ++j) {
+                            const int byte = j % 2 * 2;
+                            const uint32_t weights[4] = {look_up(top[j / 2], byte), look_up(bottom[j / 2], byte),
+                                                         look_up(top[j / 2], byte + 1), look_up(bottom[j / 2], byte + 1)};
+                            #pragma unroll
+                            for (int i = 0; i < kTokenTiles; ++i) {
+                                const uint4& xs = x[i][j / 2];
+                                mma_m16n8k16<__is_same(T, bfloat16)>(product[i], weights, j % 2 ? xs.z : xs.x,
+                                                                     j % 2 ? xs.w : xs.y);
+                            }
+                        }
+                        load_codes(v, tile, chunk + kAhead);
+                        const float2 s0 = *reinterpret_cast<const float2*>(chunk_scales + tile * 128);
+                        const float2 s1 = *reinterpret_cast<const float2*>(chunk_scales + tile * 128 + 64);
+                        #pragma unroll
+                        for (int i = 0; i < kTokenTiles; ++i) {
+                            sum[tile][i][0] = fmaf(s0.x, product[i][0], fmaf(s0.y, product[i][1], sum[tile][i][0]));
+                            sum[tile][i][1] = fmaf(s1.x, product[i][2], fmaf(s1.y, product[i][3], sum[tile][i][1]));
+                        }
+                    }
+                    load_input(chunk + 1);
+                }
+            panel += kPanel;
+        } while (panel < chunk_end);
+
+        __syncwarp();
+        #pragma unroll
+        for (int i = 0; i < kTiles * kTokenTiles * 2; ++i) {
+            const int tile = i / (kTokenTiles * 2), token_tile = i / 2 % kTokenTiles, half = i % 2;
+            float v = sum[tile][token_tile][half];
+            if constexpr (kBlocks == 4) v += __shfl_xor_sync(0xffffffffu, v, 1);
+            area[tile * 128 + (token_tile * kTokensPerTile + 2 * t / kBlocks) * 16 + half * 8 + g] = v;
+        }
+        __syncthreads();
+        const float inverse_factor = with_codebook(p, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+        for (int i = threadIdx.x; i < kTiles * 16 * kTokens; i += blockDim.x) {
+            const int row = i % (kTiles * 16), token = i / (kTiles * 16);
+            if (row >= num_rows || first_token + token >= p.m) continue;
+            float total = 0.0f;
+            for (int w = 0; w < 1 << log2_warps; ++w)
+                total += areas[w * kAreaWords + row / 16 * 128 + token * 16 + row % 16];
+            static_cast<T*>(p.output)[(first_token + token) * p.n + first_row + row] =
+                T(fmaf(total, inverse_factor, load_bias(p, first_row + row)));
+        }
+        __syncthreads();
+    }
+}

@@ -1,0 +1,142 @@
+// 8-bit codes of a 256-entry map with one absmax for the whole tensor, or none.
+// Dettmers, 8-bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561, section 2.
+//
+// Launch: any alignment, any n > 0; no dynamic shared memory. `grid` below is at most 2^31 - 1; num_sms is
+// the device's.
+//
+//   entry point                      threads  elements/CTA  static shared  grid
+//   quantize_absmax_of_{16 bit}          256          8192           32 B  min(ceil_div(n, 8192), 1024)
+//   quantize_absmax_of_float32           256          4096           32 B  min(ceil_div(n, 4096), 1024)
+//   quantize_{float16,bfloat16}          256          8192        18.6 KB  min(ceil_div(n, 8192), 4 *
+//   num_sms) quantize_float32                     256          4096        18.6 KB  min(ceil_div(n, 4096), 4
+//   * num_sms) dequantize_{float16,bfloat16}        256          4096           1 KB  ceil_div(n, 4096)
+//   dequantize_float32                   256          2048           1 KB  ceil_div(n, 2048)
+//
+// op quantize: quantize_absmax_of_T, then quantize_T with the same parameters; num_partials is the grid of
+// the first. op quantize_no_absmax: quantize_T alone, with absmax, partial_absmax null. op dequantize:
+// dequantize_T with block_shift 63; op dequantize_no_absmax: absmax null too.
+#include "blockwise_8bit.cuh"
+
+/// Arguments of quantize_absmax_of and quantize.
+struct QuantizeParams {
+    const void* input;      // [n]             T
+    const float* codebook;  // [256]           ascending
+    uint8_t* codes;         // [n]
+    float* absmax;          // [1]             null: elements are encoded as they are
+    uint32_t*
+        partial_absmax;    // [num_partials]  scratch of 4 * num_partials bytes, all written before it is read
+    int64_t n;             //
+    int32_t num_partials;  // 1 to 1024
+};
+static_assert(sizeof(QuantizeParams) == 56, "keep in step with the Rust mirror");
+
+constexpr int kWarps = kEncoderThreads / 32;
+
+/// Calls f(tile, first, full) for every tile of this warp.
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_tile(const QuantizeParams& p, F&& f) {
+    using Tile = WarpTile<T>;
+    constexpr int64_t kCtaElements = int64_t(Tile::kElements) * kWarps;
+    const T* const input = static_cast<const T*>(p.input);
+    const int lane = threadIdx.x % 32;
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0;
+    for (int64_t first = blockIdx.x * kCtaElements + warp_in_cta() * Tile::kElements; first < p.n;
+         first += gridDim.x * kCtaElements) {
+        Tile tile;
+        const bool full = aligned && first + Tile::kElements <= p.n;
+        if (full)
+            tile.template load<true>(input, first, p.n, lane);
+        else
+            tile.template load<false>(input, first, p.n, lane);
+        f(tile, first, full);
+    }
+}
+
+/// The largest magnitude that each CTA has met.
+template <typename T>
+__device__ __forceinline__ void partial_absmax(const QuantizeParams& p) {
+    __shared__ uint32_t warp_max[kWarps];
+    uint32_t m = 0;
+    for_each_tile<T>(p, [&](const WarpTile<T>& tile, int64_t, bool) {
+        #pragma unroll
+        for (int r = 0; r < WarpTile<T>::kRows; ++r) m = Magnitude<T>::max(m, Magnitude<T>::of(tile.row[r]));
+    });
+    m = max_over_cta<kEncoderThreads>(Magnitude<T>::to_float_bits(m), warp_max);
+    if (threadIdx.x == 0) p.partial_absmax[blockIdx.x] = m;
+}
+
+/// y = x / divisor, brought within the limits of the map's tables: outside them codes saturate. NaN becomes
+/// 0.
+__device__ __forceinline__ float scaled(float x, float divisor, float limit) {
+    const float y = __fdiv_rn(x, divisor);
+    return y == y ? fminf(fmaxf(y, -limit), limit) : 0.0f;
+}
+
+/// Encodes every tile of this warp by a division, not by a reciprocal; `usable` false stands for zero codes.
+template <typename T, typename Encoder>
+__device__ __forceinline__ void encode(const QuantizeParams& p, const Encoder& encoder, float divisor,
+                                       float limit, bool usable) {
+    using Tile = WarpTile<T>;
+    constexpr int kVector = Tile::kVector;
+    for_each_tile<T>(p, [&](const Tile& tile, int64_t first, bool full) {
+        #pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r) {
+            float x[kVector];
+            unpack<T>(tile.row[r], x);
+            uint32_t word[kVector / 4];
+            #pragma unroll
+            for (int q = 0; q < kVector / 4; ++q) {
+                const float y[4] = {scaled(x[4 * q], divisor, limit), scaled(x[4 * q + 1], divisor, limit),
+                                    scaled(x[4 * q + 2], divisor, limit),
+                                    scaled(x[4 * q + 3], divisor, limit)};
+                word[q] = usable ? encoder(y, 0) : encoder.zero_word();
+            }
+            const int64_t i = first + r * Tile::kRowElements + int(threadIdx.x % 32) * kVector;
+            if (full)
+                store_codes<true, kVector>(p.codes, i, p.n, word);
+            else
+                store_codes<false, kVector>(p.codes, i, p.n, word);
+        }
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void quantize(const QuantizeParams& p) {
+    __shared__ MapTables tables;
+    const BucketEncoder buckets = fill_bucket_table<false>(tables, p.codebook);
+    float divisor = 1.0f;
+    bool usable = true;
+    if (p.absmax) {
+        uint32_t bits = 0;
+        for (int i = threadIdx.x; i < p.num_partials; i += kEncoderThreads)
+            bits = ::max(bits, p.partial_absmax[i]);
+        const Scale scale = scale_of<1>(max_over_cta<kEncoderThreads>(bits, tables.warp_max[2]));
+        if (blockIdx.x == 0 && threadIdx.x == 0) *p.absmax = scale.absmax;
+        usable = scale.inverse != 0.0f;
+        divisor = usable ? scale.absmax : 1.0f;
+    }
+    const float limit = __uint_as_float(buckets.limit);
+    if (buckets.usable)
+        encode<T>(p, buckets, divisor, limit, usable);
+    else
+        encode<T>(p, SearchEncoder{tables.threshold, buckets.zero_code}, divisor, limit, usable);
+}
+
+#define ENTRY_POINTS(dtype)                                                                   \
+    extern "C" __global__ __launch_bounds__(kEncoderThreads) void quantize_absmax_of_##dtype( \
+        const __grid_constant__ QuantizeParams p) {                                           \
+        partial_absmax<dtype>(p);                                                             \
+    }                                                                                         \
+    extern "C" __global__ __launch_bounds__(kEncoderThreads, 4) void quantize_##dtype(           \
+        const __grid_constant__ QuantizeParams p) {                                           \
+        quantize<dtype>(p);                                                                   \
+    }                                                                                         \
+    extern "C" __global__ __launch_bounds__(256) void dequantize_##dtype(                     \
+        const __grid_constant__ Dequantize8bitParams p) {                                     \
+        dequantize_8bit<dtype, 2, 256>(p);                                                    \
+    }
+
+ENTRY_POINTS(float32)
+ENTRY_POINTS(float16)
+ENTRY_POINTS(bfloat16)
