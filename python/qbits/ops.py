@@ -1,0 +1,234 @@
+"""One callable per declared op: the direct path into `qbits._core`, and ``torch.ops.qbits`` for all that traces.
+
+Everything here is derived from the declarations (`qbits._core.specs()`): signatures, the ``torch.library`` schema, the
+fake kernels and the docstrings. Ops take contiguous tensors of any framework that speaks DLPack and return tensors of
+the same one (`qbits.Buffer` where the framework has no exchange API); they reshape nothing and record no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbits import _core
+from qbits.errors import DeviceError, DtypeError, ShapeError, TracedTensorError
+
+_core.set_num_threads_source(torch.get_num_threads)
+
+SPECS: dict[str, dict[str, Any]] = {spec["name"]: spec for spec in _core.specs()}
+__all__ = [*SPECS]  # noqa: PLE0604 - the names are those of the declarations
+
+_LIBRARY = torch.library.Library("qbits", "DEF")
+_SCHEMA_TYPES = {"input": "Tensor", "optional": "Tensor?", "int": "int", "str": "str", "dtype": "ScalarType"}
+
+
+def _arguments(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [arg for arg in spec["args"] if arg["role"] in _SCHEMA_TYPES]
+
+
+def _outputs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [arg for arg in spec["args"] if arg["role"] == "output"]
+
+
+def _schema_type(arg: dict[str, Any]) -> str:
+    """Sizes may be symbolic, so that one compiled graph serves them all; choices are constants of the graph."""
+    return "SymInt" if arg["role"] == "int" and "choices" not in arg else _SCHEMA_TYPES[arg["role"]]
+
+
+def _schema(spec: dict[str, Any]) -> str:
+    """The functional schema, for example ``pack_4bit(Tensor codes, str codebook) -> Tensor``."""
+    arguments = ", ".join(
+        f"{_schema_type(arg)} {arg['name']}{'=None' if arg['role'] == 'optional' else ''}"
+        for arg in _arguments(spec)
+    )
+    tensors = ", ".join(["Tensor"] * len(_outputs(spec)))
+    return f"{spec['name']}({arguments}) -> {tensors if len(_outputs(spec)) == 1 else f'({tensors})'}"
+
+
+def _ceil_div(a: Any, b: Any) -> Any:
+    return (a + b - 1) // b
+
+
+def _compiled(expression: str) -> CodeType:
+    return compile(f"({expression},)" if expression else "()", f"<shape {expression!r}>", "eval")
+
+
+def _fake(spec: dict[str, Any]) -> Callable[..., Any]:
+    """Shapes and dtypes of the outputs, from the shape expressions; symbolic sizes pass through."""
+    arguments, outputs = _arguments(spec), _outputs(spec)
+    shapes = [_compiled(output["shape"]) for output in outputs]
+
+    def fake(*args: Any) -> Any:
+        values = dict(zip((arg["name"] for arg in arguments), args, strict=False))
+        symbols: dict[str, Any] = {"ceil_div": _ceil_div}
+        symbols.update((arg["name"], values[arg["name"]]) for arg in arguments if arg["role"] == "int")
+        for arg in arguments:
+            if arg["role"] != "input":
+                continue
+            tensor = values[arg["name"]]
+            sizes = [tensor.numel()] if arg["flat"] else list(tensor.shape)
+            for symbol, size in zip((name.strip() for name in arg["shape"].split(",")), sizes, strict=False):
+                if symbol.isidentifier():
+                    symbols.setdefault(symbol, size)
+        first = next(values[arg["name"]] for arg in arguments if arg["role"] == "input")
+        results = []
+        for output, shape in zip(outputs, shapes, strict=True):
+            source = values.get(output["dtype_of"]) if output["dtype_of"] else None
+            dtype = getattr(torch, output["dtypes"][0]) if source is None else getattr(source, "dtype", source)
+            results.append(first.new_empty(eval(shape, {}, symbols), dtype=dtype))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return fake
+
+
+def _implementation(spec: dict[str, Any]) -> Callable[..., Any]:
+    """What the dispatcher calls with real tensors: the direct path without a way back."""
+    function = globals()["_direct_" + spec["name"]]
+    num_arguments, num_outputs = len(_arguments(spec)), len(_outputs(spec))
+
+    def implementation(*args: Any) -> Any:
+        absent = (None,) * (num_arguments - len(args))
+        return function(*args, *absent, *(None,) * num_outputs)
+
+    return implementation
+
+
+def _docstring(spec: dict[str, Any]) -> str:
+    """The declaration's text, then one line per argument and output."""
+    lines = [spec["doc"].split("\n\nReference:")[0], "", "Args:"]
+    for arg in spec["args"]:
+        if arg["role"] == "scratch":
+            continue
+        if "shape" in arg:
+            dtypes = " or ".join(arg["dtypes"]) or f"dtype of {arg['dtype_of']}"
+            shape = f"[{arg['shape']}]" + (", any shape" if arg["flat"] and arg["role"] != "output" else "")
+            what = f"{arg['role']} {shape}, {dtypes}"
+        else:
+            what = arg["role"] + (f", one of {arg['choices']}" if "choices" in arg else "")
+        lines.append(f"    {arg['name']}: {what}.")
+    lines += ["    out: the output, or a tuple of the outputs, to be written; allocated when None.", ""]
+    lines += ["Raises:", "    QbitsError: an argument breaks its rule; nothing was written then.", ""]
+    return "\n".join([*lines, "Reference:" + spec["doc"].split("\n\nReference:")[1]])
+
+
+_TEMPLATE = """
+def {name}({signature}, *, out=None):
+    if is_dynamo_compiling() or len_torch_dispatch_stack():
+        return traced({name!r}, ({arguments},), out)
+    {unpack}
+    try:
+        result = direct({arguments}, {outputs})
+    except TracedTensorError:
+        return traced({name!r}, ({arguments},), out)
+    if out is not None:
+        written(out)
+    return result
+"""
+
+
+def _public(spec: dict[str, Any]) -> Callable[..., Any]:
+    """The callable of an op, with the signature of its declaration."""
+    arguments, outputs = [arg["name"] for arg in _arguments(spec)], [out["name"] for out in _outputs(spec)]
+    defaults = {arg["name"] for arg in _arguments(spec) if arg["role"] == "optional"}
+    unpack = f"{outputs[0]}_out = out"
+    if len(outputs) > 1:
+        names = ", ".join(f"{name}_out" for name in outputs)
+        unpack = f"{names} = out if out is not None else ({', '.join(['None'] * len(outputs))})"
+    source = _TEMPLATE.format(
+        name=spec["name"],
+        signature=", ".join(f"{name}=None" if name in defaults else name for name in arguments),
+        arguments=", ".join(arguments),
+        outputs=", ".join(f"{name}_out" for name in outputs),
+        unpack=unpack,
+    )
+    namespace: dict[str, Any] = {
+        "is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
+        "len_torch_dispatch_stack": torch._C._len_torch_dispatch_stack,
+        "direct": globals()["_direct_" + spec["name"]],
+        "traced": _traced,
+        "written": _written,
+        "TracedTensorError": TracedTensorError,
+        "__name__": __name__,
+    }
+    exec(compile(source, f"<qbits.ops.{spec['name']}>", "exec"), namespace)
+    function: Callable[..., Any] = namespace[spec["name"]]
+    function.__doc__ = _docstring(spec)
+    return function
+
+
+def _traced(name: str, args: tuple[Any, ...], out: Any) -> Any:
+    """The op through the dispatcher; ``out=`` becomes a copy, which tracing understands."""
+    result = getattr(torch.ops.qbits, name)(*args)
+    if out is None:
+        return result
+    names = [f"{output['name']}" for output in _outputs(SPECS[name])]
+    targets, values = (x if isinstance(x, tuple | list) else (x,) for x in (out, result))
+    for argument, target, value in zip(names, targets, values, strict=True):
+        if target.dtype != value.dtype:
+            rule = f"{argument} must have dtype {value.dtype}, got {target.dtype}".replace("torch.", "")
+            raise DtypeError(f"qbits::{name}: {rule}")
+        if target.device != value.device:
+            rule = f"{argument} must be on {value.device} like the inputs, got {target.device}"
+            raise DeviceError(f"qbits::{name}: {rule}")
+        if target.numel() != value.numel():
+            rule = f"{argument} must have {value.numel()} elements, got {target.numel()}"
+            raise ShapeError(f"qbits::{name}: {rule}")
+        target.copy_(value.view(target.shape))
+    return out
+
+
+def _written(out: Any) -> None:
+    """Tells autograd that the given outputs have changed."""
+    for tensor in out if isinstance(out, tuple | list) else (out,):
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _direct_gemm_4bit(
+    input: Any,
+    packed: Any,
+    absmax: Any,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    bias: Any = None,
+    absmax_scale: Any = None,
+    absmax_offset: Any = None,
+    absmax_codebook: Any = None,
+    output: Any = None,
+) -> Any:
+    """The fused kernel, or decode and torch's GEMM, as the one rule in `_core.plan_gemm_4bit` says."""
+    statistics = (absmax_scale, absmax_offset, absmax_codebook)
+    if isinstance(input, Tensor) and input.dim() == 2:
+        if _core.plan_gemm_4bit(input.shape[0], input.is_cuda) == "dequantize":
+            arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
+            _core.check("gemm_4bit", *arguments)
+            weight = _core.dequantize_4bit(
+                packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None
+            )
+            return _dense_product(input, weight.view(N, K), bias, output)
+    return _core.gemm_4bit(input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
+
+
+def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None) -> Tensor:
+    """``input @ weight.T + bias``: the bias in its own dtype is added in float32, as in the fused kernels."""
+    with torch.no_grad():
+        if bias is None or bias.dtype == input.dtype:
+            result = torch.nn.functional.linear(input, weight, bias)
+        else:
+            result = (torch.mm(input, weight.t()).float() + bias.float()).to(input.dtype)
+        return result if output is None else output.copy_(result.view(output.shape))
+
+
+for _spec in SPECS.values():
+    globals().setdefault("_direct_" + _spec["name"], getattr(_core, _spec["name"]))
+    globals()[_spec["name"]] = _public(_spec)
+    _LIBRARY.define(_schema(_spec), tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_spec["name"], _implementation(_spec), _key)
+    torch.library.register_fake(f"qbits::{_spec['name']}", _fake(_spec), lib=_LIBRARY)

@@ -1,0 +1,320 @@
+//! One call of an op: borrow, check, allocate what is missing, run, answer with the outputs.
+
+use crate::buffer::Buffer;
+use crate::exception::raise;
+use crate::lend::{Lender, Loans};
+use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
+use qbits_core::backend::{Backend, Cpu, Cuda, OPS, Op};
+use qbits_core::cuda::{self, Memory};
+use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, ExchangeApi};
+use qbits_core::spec::{Arg, Compiled, Role, Symbols, Value};
+use qbits_core::tensor::DTYPES;
+use qbits_core::{Device, Dtype, Error, ErrorKind, Tensor};
+use std::cell::{OnceCell, RefCell};
+use std::ffi::{CStr, c_char, c_void};
+
+/// Most arguments that an op may have, scratch included.
+const MAX_ARGS: usize = 12;
+/// Below this many elements a CPU op is not worth asking for more threads.
+const INLINE_ELEMENTS: i64 = 1 << 16;
+
+thread_local! {
+    /// Dtype objects seen by this thread, kept alive so that an address means one object for ever.
+    static DTYPE_OBJECTS: RefCell<Vec<(usize, Dtype, Py<PyAny>)>> = const { RefCell::new(Vec::new()) };
+}
+
+static NUM_THREADS_SOURCE: pyo3::sync::PyOnceLock<Py<PyAny>> = pyo3::sync::PyOnceLock::new();
+
+/// Sets the callable that says how many threads a CPU op may use, once for the process.
+#[pyfunction]
+fn set_num_threads_source(source: Bound<'_, PyAny>) {
+    NUM_THREADS_SOURCE.get_or_init(source.py(), || source.unbind());
+}
+
+/// Adds the functions of this file to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(set_num_threads_source, module)?)?;
+    module.add_function(wrap_pyfunction!(check, module)?)
+}
+
+/// How many threads a CPU op may use.
+pub fn num_threads(py: Python<'_>) -> PyResult<usize> {
+    match NUM_THREADS_SOURCE.get(py) {
+        Some(source) => source.bind(py).call0()?.extract(),
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+    }
+}
+
+/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
+pub fn call(
+    op: &'static Op,
+    args: &Bound<'_, PyTuple>,
+    keywords: Option<&Bound<'_, PyDict>>,
+) -> PyResult<Py<PyAny>> {
+    with_values(op, args, keywords, |values, symbols, items, loans| {
+        let py = args.py();
+        let compiled = (op.compiled)();
+        let mut results = Results::default();
+        for (i, arg) in compiled.spec.args.iter().enumerate() {
+            match (arg.role, &values[i]) {
+                (Role::Scratch(_), _) | (Role::Out(..), Value::Absent) => {
+                    values[i] = Value::Tensor(results.allocate(py, compiled, i, values, symbols, loans)?);
+                }
+                (Role::Out(..), _) => results.given(items[i].as_ref()),
+                _ => {}
+            }
+        }
+        compiled.check_outputs(values, symbols).map_err(|error| raise(py, error))?;
+        run(py, op, values, symbols, loans)?;
+        results.finish(py, loans)
+    })
+}
+
+/// Checks the arguments of an op as a call would, and runs nothing. Outputs are checked if all of them are given.
+#[pyfunction]
+#[pyo3(signature = (op, *args))]
+fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
+    let py = args.py();
+    let found = OPS.iter().find(|candidate| (candidate.compiled)().spec.name == op);
+    let found = found.ok_or_else(|| PyValueError::new_err(format!("qbits::check: op must be declared, got {op:?}")))?;
+    with_values(found, args, None, |values, symbols, _, _| {
+        let compiled = (found.compiled)();
+        let is_missing = |(arg, value): (&Arg, &Value)| {
+            matches!(arg.role, Role::Out(..) | Role::Scratch(_)) && matches!(value, Value::Absent)
+        };
+        match compiled.spec.args.iter().zip(values.iter()).any(is_missing) {
+            true => Ok(()),
+            false => compiled.check_outputs(values, symbols).map_err(|error| raise(py, error)),
+        }
+    })
+}
+
+/// Borrows and checks the arguments, then hands them on: values, bound symbols, objects, loans.
+fn with_values<R>(
+    op: &'static Op,
+    args: &Bound<'_, PyTuple>,
+    keywords: Option<&Bound<'_, PyDict>>,
+    then: impl FnOnce(&mut [Value], &Symbols, &[Option<Bound<'_, PyAny>>], &mut Loans) -> PyResult<R>,
+) -> PyResult<R> {
+    let py = args.py();
+    let compiled = (op.compiled)();
+    let spec = compiled.spec;
+    let num_expected = spec.args.iter().filter(|arg| !matches!(arg.role, Role::Scratch(_))).count();
+    if args.len() != num_expected || keywords.is_some_and(|keywords| !keywords.is_empty()) {
+        let got = if args.len() == num_expected { "keywords".to_owned() } else { args.len().to_string() };
+        let message =
+            format!("qbits::{}: the call must have {num_expected} positional arguments, got {got}", spec.name);
+        return Err(raise(py, Error::new(ErrorKind::Type, message)));
+    }
+
+    let names: [OnceCell<String>; MAX_ARGS] = Default::default();
+    let mut items: [Option<Bound<'_, PyAny>>; MAX_ARGS] = Default::default();
+    for (slot, item) in items.iter_mut().zip(args.iter()) {
+        *slot = Some(item);
+    }
+    let mut loans = Loans::default();
+    let mut values = [Value::Absent; MAX_ARGS];
+    let values = &mut values[..spec.args.len()];
+    for (i, item) in items.iter().flatten().enumerate() {
+        values[i] = convert(spec.name, &spec.args[i], item, &mut loans, &names[i])?;
+    }
+    let symbols = compiled.check_inputs(values).map_err(|error| raise(py, error))?;
+    then(values, &symbols, &items, &mut loans)
+}
+
+/// An object as a value. What it cannot be stays `Other`, and the checks name it.
+fn convert<'a>(
+    op: &'static str,
+    arg: &Arg,
+    object: &'a Bound<'_, PyAny>,
+    loans: &mut Loans,
+    name: &'a OnceCell<String>,
+) -> PyResult<Value<'a>> {
+    if object.is_none() {
+        return Ok(Value::Absent);
+    }
+    let value = match arg.role {
+        Role::Int | Role::OneOf(_) => integer(object),
+        Role::OneOfStr(_) => object.cast::<PyString>().ok().map(|word| word.to_str()).transpose()?.map(Value::Str),
+        Role::OneOfDtype(_) => dtype(object)?.map(Value::Dtype),
+        _ => loans.borrow(op, arg.name, object)?.map(Value::Tensor),
+    };
+    Ok(value.unwrap_or_else(|| {
+        Value::Other(name.get_or_init(|| object.get_type().name().map_or("an object".into(), |n| n.to_string())))
+    }))
+}
+
+fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
+    let is_number = object.is_instance_of::<PyInt>() && !object.is_instance_of::<PyBool>();
+    is_number.then(|| object.extract().ok()).flatten().map(Value::Int)
+}
+
+/// The dtype that `object` names: a word, or an object whose text ends in one, as `torch.float32` does.
+fn dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
+    let address = object.as_ptr() as usize;
+    let known = DTYPE_OBJECTS.with_borrow(|seen| seen.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
+    if known.is_some() {
+        return Ok(known);
+    }
+    let text = object.str()?.to_string();
+    let word = text.strip_prefix("torch.").unwrap_or(&text);
+    let found = DTYPES.iter().copied().find(|dtype| dtype.name() == word);
+    if let Some(dtype) = found
+        && !object.is_instance_of::<PyString>()
+    {
+        DTYPE_OBJECTS.with_borrow_mut(|seen| seen.push((address, dtype, object.clone().unbind())));
+    }
+    Ok(found)
+}
+
+fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut Loans) -> PyResult<()> {
+    let name = (op.compiled)().spec.name;
+    let result = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
+        Device::Cpu => {
+            let is_large = values.iter().any(|value| matches!(value, Value::Tensor(t) if t.len() > INLINE_ELEMENTS));
+            let num_threads = if is_large { num_threads(py)? } else { 1 };
+            // SAFETY: `check_inputs` and `check_outputs` accepted the values, whose memory the loans and results hold.
+            py.detach(|| unsafe { (op.run)(values, &Backend::Cpu(Cpu { num_threads })) })
+        }
+        Device::Cuda(ordinal) => {
+            let stream = loans.stream(py, name, ordinal)?;
+            if cuda::full_check() {
+                check_memory(op, values, stream).map_err(|error| raise(py, error))?;
+            }
+            // SAFETY: as above; the stream is the one on which the lenders order the use of their memory.
+            let result = py.detach(|| unsafe { (op.run)(values, &Backend::Cuda(Cuda { stream })) });
+            if result.is_ok() && loans.must_synchronize {
+                // SAFETY: the stream of the call, live for its time.
+                unsafe { cuda::synchronize(name, stream) }.map_err(|error| raise(py, error))?;
+            }
+            result
+        }
+    };
+    result.map_err(|error| raise(py, error))
+}
+
+/// The driver's opinion on every pointer, with `QBITS_CHECK=full`.
+fn check_memory(op: &Op, values: &[Value], stream: cuda::Stream) -> qbits_core::Result<()> {
+    let spec = (op.compiled)().spec;
+    let memory: Vec<_> = (spec.args.iter().zip(values))
+        .filter_map(|(arg, value)| match value {
+            Value::Tensor(tensor) if !tensor.is_empty() => {
+                Some(Memory { name: arg.name, data: tensor.data, num_bytes: tensor.num_bytes() })
+            }
+            _ => None,
+        })
+        .collect();
+    cuda::check_memory(spec.name, &memory, stream)
+}
+
+/// The outputs of a call, given or allocated, and its scratch.
+#[derive(Default)]
+struct Results {
+    objects: Vec<Py<PyAny>>,
+    buffers: Vec<Py<Buffer>>,
+    scratch: Vec<Py<PyAny>>,
+}
+
+impl Results {
+    fn given(&mut self, object: Option<&Bound<'_, PyAny>>) {
+        self.objects.extend(object.map(|object| object.clone().unbind()));
+    }
+
+    fn allocate(
+        &mut self,
+        py: Python<'_>,
+        compiled: &Compiled,
+        index: usize,
+        values: &[Value],
+        symbols: &Symbols,
+        loans: &mut Loans,
+    ) -> PyResult<Tensor> {
+        let op = compiled.spec.name;
+        let wanted = compiled.output(index, values, symbols).map_err(|error| raise(py, error))?;
+        let (object, tensor) = match loans.first {
+            Some(Lender::Exchange(ExchangeApi { allocate: Some(allocate), to_object: Some(to_object), .. })) => {
+                allocate_exchange(py, *allocate, *to_object, &wanted)?
+            }
+            _ => {
+                let stream = match wanted.device {
+                    Device::Cpu => None,
+                    Device::Cuda(ordinal) => Some(loans.stream(py, op, ordinal)?),
+                };
+                let (buffer, tensor) = Buffer::new(op, &wanted, stream).map_err(|error| raise(py, error))?;
+                let buffer = Py::new(py, buffer)?;
+                self.buffers.push(buffer.clone_ref(py));
+                (buffer.into_any(), tensor)
+            }
+        };
+        match compiled.spec.args[index].role {
+            Role::Scratch(_) => self.scratch.push(object),
+            _ => self.objects.push(object),
+        }
+        Ok(tensor)
+    }
+
+    /// Marks buffers as ready after the work enqueued so far; one output, or a tuple of several.
+    fn finish(mut self, py: Python<'_>, loans: &mut Loans) -> PyResult<Py<PyAny>> {
+        for buffer in &self.buffers {
+            buffer.get().mark_ready(loans.must_synchronize).map_err(|error| raise(py, error))?;
+        }
+        match self.objects.len() {
+            1 => Ok(self.objects.remove(0)),
+            _ => Ok(PyTuple::new(py, self.objects)?.into_any().unbind()),
+        }
+    }
+}
+
+type Allocate =
+    unsafe extern "C" fn(*mut DlTensor, *mut *mut DlManagedTensorVersioned, *mut c_void, SetError) -> i32;
+type SetError = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char);
+type ToObject = unsafe extern "C" fn(*mut DlManagedTensorVersioned, *mut *mut c_void) -> i32;
+
+/// Keeps the allocator's message for the exception.
+unsafe extern "C" fn keep_message(context: *mut c_void, _kind: *const c_char, message: *const c_char) {
+    if !context.is_null() && !message.is_null() {
+        // SAFETY: `context` is the String of `allocate_exchange`, `message` a C string of the allocator.
+        unsafe { *context.cast::<String>() = CStr::from_ptr(message).to_string_lossy().into_owned() };
+    }
+}
+
+/// A tensor of the caller's own framework, from its own allocator, as an object and as memory.
+fn allocate_exchange(
+    py: Python<'_>,
+    allocate: Allocate,
+    to_object: ToObject,
+    wanted: &Tensor,
+) -> PyResult<(Py<PyAny>, Tensor)> {
+    let mut shape = [0i64; qbits_core::tensor::MAX_RANK];
+    shape[..wanted.shape().len()].copy_from_slice(wanted.shape());
+    let mut prototype = DlTensor {
+        data: std::ptr::null_mut(),
+        device: wanted.device.into(),
+        ndim: wanted.shape().len() as i32,
+        dtype: DlDataType::from(wanted.dtype),
+        shape: shape.as_mut_ptr(),
+        strides: std::ptr::null_mut(),
+        byte_offset: 0,
+    };
+    let mut managed = std::ptr::null_mut();
+    let mut object = std::ptr::null_mut();
+    let mut message = String::new();
+    // SAFETY: functions of a live exchange table; the prototype, its shape and the places for results outlive the
+    // calls, and `to_object` takes over the managed tensor that `allocate` made.
+    unsafe {
+        let context = (&raw mut message).cast();
+        if allocate(&mut prototype, &mut managed, context, keep_message) != 0 || managed.is_null() {
+            return Err(PyErr::take(py).unwrap_or_else(|| PyMemoryError::new_err(message)));
+        }
+        let mut tensor = *wanted;
+        tensor.data = (*managed).dl_tensor.data.cast::<u8>().wrapping_add((*managed).dl_tensor.byte_offset as usize);
+        if to_object(managed, &mut object) != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        let object = Bound::from_owned_ptr_or_err(py, object.cast::<ffi::PyObject>())?;
+        Ok((object.unbind(), tensor))
+    }
+}
