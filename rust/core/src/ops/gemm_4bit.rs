@@ -4,8 +4,8 @@
 use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of, host_absmax};
 use super::{MAX_GRID, address, block_shift, with_float};
 use crate::backend::{Cpu, Cuda, Run};
-use crate::cpu::{self, Execution, Float, Weight4};
 use crate::codebook::Codebook4;
+use crate::cpu::{self, Execution, Float, Weight4};
 use crate::cuda::{Family, Launch, Limits, Params, Symbol, forced_family, launch, limits};
 use crate::error::Result;
 use crate::op;
@@ -126,7 +126,12 @@ impl Gemm4bit {
         let is_aligned = |tensor: &Tensor, bytes: usize| (tensor.data as usize).is_multiple_of(bytes);
         let has_mma = limits.capability >= (8, 0) && family != Some(Family::Simt);
         let is_sixteen_bit = self.input.dtype != Dtype::Float32;
-        if has_mma && is_sixteen_bit && self.K % 64 == 0 && is_aligned(&self.packed, 16) && is_aligned(&self.input, 16) {
+        if has_mma
+            && is_sixteen_bit
+            && self.K % 64 == 0
+            && is_aligned(&self.packed, 16)
+            && is_aligned(&self.input, 16)
+        {
             return self.plan_mma(limits);
         }
         let is_wordwise = self.K % 8 == 0 && is_aligned(&self.packed, 4) && is_aligned(&self.input, 16);

@@ -46,7 +46,13 @@ fn calls(op: &crate::backend::Op, n: i64, m: i64, k: i64) -> Vec<Vec<Value<'stat
 }
 
 /// The call with tensors of the right sizes, or None where its rules forbid it.
-fn sized(op: &crate::backend::Op, mut call: Vec<Value<'static>>, n: i64, m: i64, k: i64) -> Option<Vec<Value<'static>>> {
+fn sized(
+    op: &crate::backend::Op,
+    mut call: Vec<Value<'static>>,
+    n: i64,
+    m: i64,
+    k: i64,
+) -> Option<Vec<Value<'static>>> {
     let compiled = (op.compiled)();
     let int = |name: &str, call: &[Value]| {
         compiled.spec.args.iter().zip(call).find_map(|(arg, value)| match value {
@@ -101,7 +107,12 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
                 let launches = recorder.launches();
                 assert!(!launches.is_empty(), "{name} must launch");
                 for launch in launches {
-                    assert_eq!(param_bytes(&launch.kernel), Some(launch.params.len() as u32), "{}", launch.kernel);
+                    assert_eq!(
+                        param_bytes(&launch.kernel),
+                        Some(launch.params.len() as u32),
+                        "{}",
+                        launch.kernel
+                    );
                     assert!(launch.grid > 0 && launch.stream == 0x40);
                     launched.insert(launch.kernel);
                 }
@@ -119,7 +130,8 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
 fn empty_tensors_launch_nothing_but_their_scalars() {
     for op in OPS {
         let compiled = (op.compiled)();
-        let num_scalars = compiled.spec.args.iter().filter(|arg| matches!(arg.role, Role::Out(_, ""))).count();
+        let num_scalars =
+            compiled.spec.args.iter().filter(|arg| matches!(arg.role, Role::Out(_, ""))).count();
         for call in calls(op, 0, 0, 0).into_iter().take(3) {
             if compiled.spec.name == "gemm_4bit" {
                 continue; // N = 100 and K = 0 with M = 0: covered by the early return

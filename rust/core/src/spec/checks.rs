@@ -75,12 +75,9 @@ impl Compiled {
             }
             (Role::OneOfDtype(choices), Value::Dtype(dtype)) => match choices.contains(dtype) {
                 true => Ok(()),
-                false => Err(self.error(
-                    ErrorKind::Dtype,
-                    arg.name,
-                    format_args!("be {}", names(choices)),
-                    dtype,
-                )),
+                false => {
+                    Err(self.error(ErrorKind::Dtype, arg.name, format_args!("be {}", names(choices)), dtype))
+                }
             },
             (Role::OneOfDtype(_), other) => {
                 Err(self.error(ErrorKind::Type, arg.name, "be a dtype", other.type_name()))
@@ -137,7 +134,12 @@ impl Compiled {
     fn check_len(&self, index: usize, arg: &Arg, tensor: &Tensor, symbols: &mut Symbols) -> Result<()> {
         let expected = self.dims(index, symbols, &[tensor.len()])?[0];
         if expected != tensor.len() {
-            return Err(self.error(ErrorKind::Shape, arg.name, self.length_rule(index, expected), tensor.len()));
+            return Err(self.error(
+                ErrorKind::Shape,
+                arg.name,
+                self.length_rule(index, expected),
+                tensor.len(),
+            ));
         }
         Ok(())
     }

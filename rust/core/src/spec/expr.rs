@@ -109,7 +109,10 @@ impl Compiled {
             .filter_map(|(name, value)| value.map(|value| format!("{name} = {value}")))
             .collect();
         let (op, arg, text) = (self.spec.name, self.spec.args[index].name, self.text(index));
-        let message = format!("qbits::{op}: {arg} must have fewer than 2^63 elements, got [{text}] with {}", bound.join(", "));
+        let message = format!(
+            "qbits::{op}: {arg} must have fewer than 2^63 elements, got [{text}] with {}",
+            bound.join(", ")
+        );
         Error::new(ErrorKind::Shape, message)
     }
 }

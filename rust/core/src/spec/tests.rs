@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::error::{ErrorKind, Result};
-use crate::tensor::Device;
 use crate::ops::blockwise_4bit::{Dequantize4bit, Quantize4bit};
 use crate::ops::gemm_4bit::Gemm4bit;
+use crate::tensor::Device;
 use proptest::prelude::*;
 
 /// A tensor over an address that nobody reads.
@@ -136,10 +136,7 @@ fn tensors_on_two_devices_are_refused() {
     values[4] = Value::Tensor(elsewhere);
     assert_eq!(
         message::<Quantize4bit>(&values),
-        (
-            ErrorKind::Device,
-            "qbits::quantize_4bit: absmax must be on cpu like input, got cuda:1".into()
-        )
+        (ErrorKind::Device, "qbits::quantize_4bit: absmax must be on cpu like input, got cuda:1".into())
     );
 }
 
