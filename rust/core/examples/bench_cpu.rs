@@ -5,7 +5,8 @@
 use half::bf16;
 use qbits_core::codebook::{Codebook4, DYNAMIC_SIGNED, create_linear_map};
 use qbits_core::cpu::{
-    Absmax, Execution, Weight4, dequantize_4bit, dequantize_blockwise, gemm_4bit, quantize_4bit, quantize_blockwise,
+    Absmax, Execution, Weight4, dequantize_4bit, dequantize_blockwise, gemm_4bit, quantize_4bit,
+    quantize_blockwise,
 };
 use std::time::Instant;
 

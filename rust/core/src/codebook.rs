@@ -44,15 +44,15 @@ const fn midpoints(values: &[f32; 16]) -> [f32; 15] {
 
 static NF4: [f32; 16] = NF4_VALUES;
 const NF4_VALUES: [f32; 16] = from_bits([
-    0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000, 0x3da2faff,
-    0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000,
+    0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000,
+    0x3da2faff, 0x3e24cae3, 0x3e7c04dd, 0x3ead033a, 0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000,
 ]);
 pub(crate) static NF4_THRESHOLDS: [f32; 15] = midpoints(&NF4_VALUES);
 
 static FP4: [f32; 16] = FP4_VALUES;
 const FP4_VALUES: [f32; 16] = from_bits([
-    0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000, 0x00000000,
-    0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000,
+    0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000,
+    0x00000000, 0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000,
 ]);
 static FP4_DECODED: [f32; 16] = {
     let mut values = FP4_VALUES;
@@ -67,8 +67,8 @@ pub(crate) static FP4_CODE_OF_RANK: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
 
 static AF4: [f32; 16] = AF4_VALUES;
 const AF4_VALUES: [f32; 16] = from_bits([
-    0x3f800000, 0x3f39685c, 0x3f0e1203, 0x3ed9ed55, 0x3ea22dee, 0x3e60e22a, 0x3e0472f9, 0x3d2f075f, 0x00000000,
-    0xbd4a2141, 0xbe196bab, 0xbe831c55, 0xbebf54f7, 0xbf032f19, 0xbf31c4dc, 0xbf800000,
+    0x3f800000, 0x3f39685c, 0x3f0e1203, 0x3ed9ed55, 0x3ea22dee, 0x3e60e22a, 0x3e0472f9, 0x3d2f075f,
+    0x00000000, 0xbd4a2141, 0xbe196bab, 0xbe831c55, 0xbebf54f7, 0xbf032f19, 0xbf31c4dc, 0xbf800000,
 ]);
 pub(crate) static AF4_THRESHOLDS: [f32; 15] = midpoints(&AF4_VALUES);
 
@@ -153,7 +153,10 @@ impl Codebook4 {
 /// A map of 256 finite, ascending values, or the error of `op` that says what is wrong with it.
 pub fn validate_map<'a>(op: &str, map: &'a [f32]) -> Result<&'a [f32; 256]> {
     let fault = |kind, got: String| {
-        Error::new(kind, format!("qbits::{op}: codebook must hold 256 finite values in ascending order, got {got}"))
+        Error::new(
+            kind,
+            format!("qbits::{op}: codebook must hold 256 finite values in ascending order, got {got}"),
+        )
     };
     let Ok(values) = <&[f32; 256]>::try_from(map) else {
         return Err(fault(ErrorKind::Shape, format!("{} values", map.len())));
@@ -162,7 +165,9 @@ pub fn validate_map<'a>(op: &str, map: &'a [f32]) -> Result<&'a [f32; 256]> {
         return Err(fault(ErrorKind::Value, format!("{} at index {i}", values[i])));
     }
     match values.windows(2).position(|pair| pair[0] > pair[1]) {
-        Some(i) => Err(fault(ErrorKind::Value, format!("{} after {} at index {}", values[i + 1], values[i], i + 1))),
+        Some(i) => {
+            Err(fault(ErrorKind::Value, format!("{} after {} at index {}", values[i + 1], values[i], i + 1)))
+        }
         None => Ok(values),
     }
 }

@@ -89,7 +89,11 @@ pub fn create_dynamic_map(signed: bool, max_exponent_bits: u32, total_bits: u32)
         return Err(refuse(map, "max_exponent_bits must be 1 to total_bits - 1", max_exponent_bits));
     }
     if !signed && max_exponent_bits != total_bits - 1 {
-        return Err(refuse(map, "max_exponent_bits must be total_bits - 1 for an unsigned map", max_exponent_bits));
+        return Err(refuse(
+            map,
+            "max_exponent_bits must be total_bits - 1 for an unsigned map",
+            max_exponent_bits,
+        ));
     }
     Ok(dynamic_map(signed, max_exponent_bits as usize, total_bits as usize))
 }
@@ -133,7 +137,11 @@ pub fn create_fp8_map(
     }
     if exponent_bits + precision_bits + u32::from(signed) != total_bits {
         let got = format!("{exponent_bits} + {precision_bits} + {}", u32::from(signed));
-        return Err(refuse(map, &format!("exponent, precision and sign bits must add up to {total_bits}"), got));
+        return Err(refuse(
+            map,
+            &format!("exponent, precision and sign bits must add up to {total_bits}"),
+            got,
+        ));
     }
     let bias = 1 << (exponent_bits - 1);
     let mut values = [0.0; 256];

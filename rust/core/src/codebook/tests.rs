@@ -126,8 +126,21 @@ fn validate_map_names_the_first_fault() {
 #[test]
 fn nf4_thresholds_are_the_published_ones() {
     let bits = [
-        0xbf591cd8u32, 0xbf1c5270, 0xbeeb8480, 0xbeadea76, 0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff, 0x3df64862,
-        0x3e5067e0, 0x3e9582d4, 0x3ec753f9, 0x3f006d04, 0x3f248daf, 0x3f5c89da,
+        0xbf591cd8u32,
+        0xbf1c5270,
+        0xbeeb8480,
+        0xbeadea76,
+        0xbe703cec,
+        0xbe0d38bc,
+        0xbd3a7871,
+        0x3d22faff,
+        0x3df64862,
+        0x3e5067e0,
+        0x3e9582d4,
+        0x3ec753f9,
+        0x3f006d04,
+        0x3f248daf,
+        0x3f5c89da,
     ];
     let thresholds: Vec<u32> = Codebook4::Nf4.thresholds().iter().map(|t| t.to_bits()).collect();
     assert_eq!(thresholds, bits);

@@ -11,17 +11,15 @@ use crate::Dtype;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) fn load<T: Float>(from: &[T; 16]) -> __m512 {
     let from = from.as_ptr();
-    match T::DTYPE {
+    if T::DTYPE == Dtype::Float32 {
         // SAFETY: T is f32, and the array holds sixteen: 64 bytes.
-        Dtype::Float32 => unsafe { _mm512_loadu_ps(from.cast()) },
-        // SAFETY: the other types have two bytes, and the array holds sixteen: 32 bytes.
-        dtype => {
-            let halves = unsafe { _mm256_loadu_si256(from.cast()) };
-            match dtype {
-                Dtype::Float16 => _mm512_cvtph_ps(halves),
-                _ => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))),
-            }
-        }
+        return unsafe { _mm512_loadu_ps(from.cast()) };
+    }
+    // SAFETY: the other types have two bytes, and the array holds sixteen: 32 bytes.
+    let halves = unsafe { _mm256_loadu_si256(from.cast()) };
+    match T::DTYPE {
+        Dtype::Float16 => _mm512_cvtph_ps(halves),
+        _ => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))),
     }
 }
 

@@ -5,9 +5,9 @@ use super::absmax::{Scale, max_abs_bits_scalar};
 use super::float::Float;
 use super::isa::{Isa, Level};
 use super::threads::{FloatEnvironment, for_each, part_len};
+use super::{Absmax, Execution};
 #[cfg(target_arch = "x86_64")]
 use super::{blockwise_4bit_avx2 as avx2, blockwise_4bit_avx512 as avx512};
-use super::{Absmax, Execution};
 use crate::codebook::Codebook4;
 
 /// Elements that the SIMD kernels take at a time: parts, and what is decoded, begin at multiples of it.
@@ -96,7 +96,10 @@ pub fn unpack_4bit(packed: &[u8], codes: &mut [u8], execution: Execution) {
 }
 
 fn check_block_size(block_size: usize) {
-    assert!(block_size.is_power_of_two() && (32..=MAX_BLOCK).contains(&block_size), "a block size of a 4-bit op");
+    assert!(
+        block_size.is_power_of_two() && (32..=MAX_BLOCK).contains(&block_size),
+        "a block size of a 4-bit op"
+    );
 }
 
 /// Quantizes whole blocks, and a last one that may be short.
@@ -127,7 +130,14 @@ fn quantize_blocks<T: Float>(
     let mut codes = [0; MAX_BLOCK / 2];
     let mut scales = [0.0; 2];
     let block_size = if block_size < GROUP { block_size } else { padded_len };
-    quantize_units(&padded[..padded_len], codebook, block_size, &mut codes[..padded_len / 2], &mut scales, isa);
+    quantize_units(
+        &padded[..padded_len],
+        codebook,
+        block_size,
+        &mut codes[..padded_len / 2],
+        &mut scales,
+        isa,
+    );
     rest_packed.copy_from_slice(&codes[..rest_packed.len()]);
     rest_absmax.copy_from_slice(&scales[..rest_absmax.len()]);
 }

@@ -70,7 +70,8 @@ fn narrow(codes: [__m256i; 4]) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pack(codes: [__m256i; 2]) -> __m256i {
     let weights = _mm256_set1_epi16(0x0110);
-    let pairs = _mm256_packus_epi16(_mm256_maddubs_epi16(codes[0], weights), _mm256_maddubs_epi16(codes[1], weights));
+    let pairs =
+        _mm256_packus_epi16(_mm256_maddubs_epi16(codes[0], weights), _mm256_maddubs_epi16(codes[1], weights));
     _mm256_permute4x64_epi64::<0b1101_1000>(pairs)
 }
 
@@ -100,7 +101,10 @@ pub(super) fn quantize<T: Float>(
         let (groups, _) = input.as_chunks::<32>();
         let (packed, _) = packed.as_chunks_mut::<32>();
         for (pair, packed) in groups.as_chunks::<2>().0.iter().zip(packed) {
-            let codes = [encode_group(&encoder, &pair[0], inverses[0]), encode_group(&encoder, &pair[1], inverses[1])];
+            let codes = [
+                encode_group(&encoder, &pair[0], inverses[0]),
+                encode_group(&encoder, &pair[1], inverses[1]),
+            ];
             // SAFETY: the array holds the 32 bytes that are written.
             unsafe { _mm256_storeu_si256(packed.as_mut_ptr().cast(), pack(codes)) };
         }

@@ -24,7 +24,8 @@ struct Buckets {
 impl Buckets {
     /// Buckets for ascending thresholds and the codes between them.
     const fn new(scale: f32, offset: f32, thresholds: &[f32], codes: &[u8]) -> Self {
-        let mut buckets = Self { scale, offset, thresholds: [f32::INFINITY; 32], low: [0; 32], high: [0; 32] };
+        let mut buckets =
+            Self { scale, offset, thresholds: [f32::INFINITY; 32], low: [0; 32], high: [0; 32] };
         let mut rank = 0;
         let mut i = 0;
         while i < 32 {
@@ -81,7 +82,8 @@ impl Encoder {
             let (halves, _) = values.as_chunks::<16>();
             [load(&halves[0]), load(&halves[1])]
         };
-        let codes = |values: &[u32; 32]| floats(&values.map(f32::from_bits)).map(|half| _mm512_castps_si512(half));
+        let codes =
+            |values: &[u32; 32]| floats(&values.map(f32::from_bits)).map(|half| _mm512_castps_si512(half));
         Self {
             scale: _mm512_set1_ps(buckets.scale),
             offset: _mm512_set1_ps(buckets.offset),
@@ -123,7 +125,8 @@ fn pack(codes: [__m512i; 4]) -> __m256i {
     let pairs = _mm512_cvtepi64_epi32(pairs);
     // Transpose the bytes to the order of the elements.
     let columns = _mm256_set_epi8(
-        15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0, 15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0,
+        15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0, 15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8,
+        4, 0,
     );
     let rows = _mm256_shuffle_epi8(pairs, columns);
     _mm256_permutevar8x32_epi32(rows, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0))
@@ -256,7 +259,9 @@ pub(super) fn decode<T: Float>(
         let low = products(begin);
         let high = if block_size == 32 { products(begin + 32) } else { low };
         for line in 0..size_of::<[T; 64]>() / 64 {
-            _mm_prefetch::<_MM_HINT_ET0>(output.as_ptr().wrapping_byte_add(PREFETCH_BYTES + 64 * line).cast());
+            _mm_prefetch::<_MM_HINT_ET0>(
+                output.as_ptr().wrapping_byte_add(PREFETCH_BYTES + 64 * line).cast(),
+            );
         }
         let (outputs, _) = output.as_chunks_mut::<32>();
         let (packed, _) = packed.as_chunks::<16>();

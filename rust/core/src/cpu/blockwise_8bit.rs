@@ -2,13 +2,13 @@
 //! Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2.1.
 
 use super::Execution;
-#[cfg(target_arch = "x86_64")]
-use super::{blockwise_8bit_avx2 as avx2, blockwise_8bit_avx512 as avx512};
 use super::absmax::Scale;
-use super::float::Float;
 use super::buckets::Buckets;
+use super::float::Float;
 use super::isa::{Isa, Level};
 use super::threads::{FloatEnvironment, for_each, part_len};
+#[cfg(target_arch = "x86_64")]
+use super::{blockwise_8bit_avx2 as avx2, blockwise_8bit_avx512 as avx512};
 use crate::codebook::Thresholds;
 
 /// Elements below which searching the thresholds costs less than building a table.

@@ -54,7 +54,9 @@ impl Buckets {
         })?;
         if spare > 0 {
             let all = thresholds.as_array();
-            let code = |rank: usize| rank.checked_sub(1).map_or(0, |i| all.partition_point(|t| *t <= distinct[i]) as u8);
+            let code = |rank: usize| {
+                rank.checked_sub(1).map_or(0, |i| all.partition_point(|t| *t <= distinct[i]) as u8)
+            };
             table.code_of_rank = Some(Box::new(std::array::from_fn(|rank| code(rank.min(distinct.len())))));
         }
         Some(table)
@@ -92,7 +94,8 @@ impl Buckets {
     fn encode(&self, y: f32) -> u8 {
         let bits = self.clamp(y.abs().to_bits());
         let sign = usize::from(y.is_sign_negative());
-        let index = ((bits >> self.shift) - (self.low >> self.shift)) as usize + sign * self.entries.len() / 2;
+        let index =
+            ((bits >> self.shift) - (self.low >> self.shift)) as usize + sign * self.entries.len() / 2;
         let sum = (bits.wrapping_add(self.entries[index]) >> 24) as u8;
         let rank = if sign == 1 { !sum } else { sum };
         self.code_of_rank.as_ref().map_or(rank, |codes| codes[usize::from(rank)])
@@ -122,7 +125,8 @@ mod tests {
         for (i, map) in maps.iter().enumerate() {
             let thresholds = Thresholds::new(map);
             let buckets = Buckets::new(&thresholds).unwrap_or_else(|| panic!("map {i} has a table"));
-            let special = [0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 3.0, -3.0, f32::MAX, f32::INFINITY, -f32::INFINITY];
+            let special =
+                [0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 3.0, -3.0, f32::MAX, f32::INFINITY, -f32::INFINITY];
             for &t in thresholds.as_array().iter().chain(map).chain(&special) {
                 for y in [t.next_down(), t, t.next_up(), -t] {
                     assert_eq!(buckets.encode(y), thresholds.encode(y), "map {i}, y = {y:e}");

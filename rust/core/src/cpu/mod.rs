@@ -22,6 +22,11 @@ mod blockwise_8bit_avx512;
 mod buckets;
 mod float;
 mod gemm_4bit;
+#[cfg(target_arch = "x86_64")]
+mod gemm_4bit_avx2;
+#[cfg(target_arch = "x86_64")]
+mod gemm_4bit_avx512;
+mod gemm_4bit_outer;
 mod isa;
 mod nested;
 mod tensorwise;

@@ -49,7 +49,11 @@ impl Absmax<'_> {
             Self::Plain(values) => assert_eq!(values.len(), num_blocks, "an absmax for every block"),
             Self::Nested(nested) => {
                 assert_eq!(nested.codes.len(), num_blocks, "an absmax code for every block");
-                assert_eq!(nested.scale.len(), num_blocks.div_ceil(NESTED_BLOCK), "a scale for 256 absmax codes");
+                assert_eq!(
+                    nested.scale.len(),
+                    num_blocks.div_ceil(NESTED_BLOCK),
+                    "a scale for 256 absmax codes"
+                );
             }
         }
     }

@@ -116,7 +116,8 @@ fn quantize_divides_by_the_absmax_of_the_whole_tensor() {
 
 #[test]
 fn quantize_no_absmax_saturates_and_takes_nan_for_zero() {
-    let special = [2.0, -2.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN, 0.0, -0.0, 1e-45, f32::MAX];
+    let special =
+        [2.0, -2.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN, 0.0, -0.0, 1e-45, f32::MAX];
     let expected = [255, 0, 255, 0, 127, 127, 127, 127, 127, 255];
     for execution in executions() {
         // ten at the end, and ten in every place of a vector

@@ -86,7 +86,7 @@ fn quantize_4bit_gives_the_golden_bytes() {
             let mut absmax = [0.0; 2];
             quantize_4bit(&input, codebook, 64, &mut packed, &mut absmax, execution);
             assert_eq!(hex(&packed), expected, "{codebook:?} {execution:?}");
-            assert_eq!(absmax, [2.4375, 0.052490234375]);
+            assert_eq!(hex(&absmax.to_bytes()), "00001c400000573d");
             let absmax = Absmax::Plain(&absmax);
             let decoded = [
                 decoded_hash::<f32>(&packed, absmax, codebook, 128, execution),
@@ -171,10 +171,7 @@ fn nested_input() -> Vec<f32> {
 fn nested_statistics_are_the_golden_ones() {
     let input = nested_input();
     assert_eq!(hex(&input[..4].to_bytes()), "a9938cbe43a05c3e783087be0720ff3e");
-    assert_eq!(
-        sha256(&input.to_bytes()),
-        "b6999dc254c3e7b38a6c70f0562db5bac572491f8d5a56e24487265f498d3fc3"
-    );
+    assert_eq!(sha256(&input.to_bytes()), "b6999dc254c3e7b38a6c70f0562db5bac572491f8d5a56e24487265f498d3fc3");
     for execution in executions() {
         let mut packed = [0; 9600];
         let mut absmax = [0.0; 300];

@@ -4,6 +4,7 @@ mod edges;
 mod gemm;
 mod golden;
 mod paths;
+mod threads;
 
 use super::{Execution, Float, Isa};
 use half::bf16;

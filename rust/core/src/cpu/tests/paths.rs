@@ -5,8 +5,8 @@ use crate::codebook::{
     Codebook4, DYNAMIC_SIGNED, create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map,
 };
 use crate::cpu::{
-    Absmax, Nested, dequantize, dequantize_4bit, dequantize_blockwise, quantize, quantize_4bit, quantize_absmax,
-    quantize_blockwise, quantize_no_absmax,
+    Absmax, Nested, dequantize, dequantize_4bit, dequantize_blockwise, quantize, quantize_4bit,
+    quantize_absmax, quantize_blockwise, quantize_no_absmax,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -48,7 +48,7 @@ fn draw(kind: Kind, i: usize, bits: &mut Bits) -> f32 {
         Kind::Weights => bits.weight(),
         Kind::Tiny => bits.weight() * 2f32.powi(-120 - (bits.next() % 10) as i32),
         Kind::Huge => bits.weight() * 2f32.powi(127),
-        Kind::Thresholds if i % 32 == 0 => 1.0,
+        Kind::Thresholds if i.is_multiple_of(32) => 1.0,
         Kind::Thresholds => {
             let codebook = Codebook4::ALL[bits.next() as usize % 3];
             let middle = (DYNAMIC_SIGNED[i % 255] + DYNAMIC_SIGNED[i % 255 + 1]) * 0.5;
@@ -70,9 +70,16 @@ fn elements<T: Float>(n: usize, seed: u64) -> Vec<T> {
     let mut kind = Kind::Weights;
     (0..n)
         .map(|i| {
-            if i % 64 == 0 {
-                let kinds =
-                    [Kind::Weights, Kind::Weights, Kind::Tiny, Kind::Huge, Kind::Thresholds, Kind::Thresholds, Kind::Any];
+            if i.is_multiple_of(64) {
+                let kinds = [
+                    Kind::Weights,
+                    Kind::Weights,
+                    Kind::Tiny,
+                    Kind::Huge,
+                    Kind::Thresholds,
+                    Kind::Thresholds,
+                    Kind::Any,
+                ];
                 kind = kinds[bits.next() as usize % kinds.len()];
             }
             T::from_f32(draw(kind, i, &mut bits))
@@ -80,8 +87,11 @@ fn elements<T: Float>(n: usize, seed: u64) -> Vec<T> {
         .collect()
 }
 
-fn others() -> impl Iterator<Item = Execution> {
-    Isa::available().flat_map(|isa| [1, 2, 3].map(|threads| Execution { isa, threads }))
+/// Every other way to run: one thread, and more of them where there is work for them.
+fn others(n: usize) -> impl Iterator<Item = Execution> {
+    let threads: &[usize] = if n < 65_536 { &[1] } else { &[1, 3] };
+    let all = Isa::available().flat_map(|isa| threads.iter().map(move |&threads| Execution { isa, threads }));
+    all.filter(|execution| execution.isa != Isa::SCALAR || execution.threads > 1)
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -118,7 +128,7 @@ fn check_4bit<T: Float>(n: usize, block_size: usize, seed: u64) {
     let input = elements::<T>(n, seed);
     for codebook in Codebook4::ALL {
         let expected = run_4bit(&input, codebook, block_size, SCALAR);
-        for execution in others() {
+        for execution in others(n) {
             let found = run_4bit(&input, codebook, block_size, execution);
             assert!(found == expected, "{codebook:?} {block_size} n = {n} seed = {seed} {execution:?}");
         }
@@ -128,7 +138,7 @@ fn check_4bit<T: Float>(n: usize, block_size: usize, seed: u64) {
 #[test]
 fn paths_of_4bit_agree_at_every_size() {
     for block_size in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
-        for n in [1, 2, 31, 33, 63, 65, 127, block_size - 1, block_size, block_size + 1, 3 * block_size + 77] {
+        for n in [1, 31, 65, block_size - 1, block_size, block_size + 1, 2 * block_size + 77] {
             check_4bit::<f32>(n, block_size, n as u64);
             check_4bit::<f16>(n, block_size, n as u64 + 1);
             check_4bit::<bf16>(n, block_size, n as u64 + 2);
@@ -138,7 +148,7 @@ fn paths_of_4bit_agree_at_every_size() {
 
 #[test]
 fn paths_of_4bit_agree_where_threads_share_the_work() {
-    for (n, block_size) in [(200_003, 32), (131_072, 64), (300_001, 4096)] {
+    for (n, block_size) in [(70_003, 32), (65_536, 64), (70_001, 4096)] {
         check_4bit::<f32>(n, block_size, 5);
         check_4bit::<bf16>(n, block_size, 6);
     }
@@ -146,7 +156,7 @@ fn paths_of_4bit_agree_where_threads_share_the_work() {
 
 #[test]
 fn paths_of_nested_decoding_agree() {
-    for (n, block_size) in [(70_001usize, 64), (300_000, 32), (33, 32)] {
+    for (n, block_size) in [(70_001usize, 64), (66_000, 32), (33, 32)] {
         let mut bits = Bits(9);
         let input: Vec<f32> = (0..n).map(|_| bits.weight()).collect();
         let mut packed = vec![0; n.div_ceil(2)];
@@ -158,14 +168,92 @@ fn paths_of_nested_decoding_agree() {
             let offset = quantize_absmax(&absmax, &mut codes, &mut scale, execution);
             let nested = Nested { codes: &codes, scale: &scale, offset, map: &DYNAMIC_SIGNED };
             let mut output = vec![bf16::ZERO; n];
-            dequantize_4bit(&packed, Absmax::Nested(nested), Codebook4::Nf4, block_size, &mut output, execution);
+            dequantize_4bit(
+                &packed,
+                Absmax::Nested(nested),
+                Codebook4::Nf4,
+                block_size,
+                &mut output,
+                execution,
+            );
             (codes, scale, offset, output)
         };
         let expected = run(SCALAR);
-        for execution in others() {
+        for execution in others(n) {
             assert!(run(execution) == expected, "{n} {execution:?}");
         }
     }
+}
+
+/// Elements of every pattern of a two-byte type, in an order that mixes their magnitudes.
+fn every_pattern<T: Float>(from_bits: fn(u16) -> T) -> Vec<T> {
+    (0..=u16::MAX).map(|i| from_bits(i.wrapping_mul(40_503))).collect()
+}
+
+fn check_every_pattern<T: Float>(from_bits: fn(u16) -> T) {
+    let finite = |x: &T| x.to_f32().is_finite();
+    let input = every_pattern(from_bits);
+    let finite: Vec<T> = input.iter().copied().filter(finite).collect();
+    for input in [&input, &finite] {
+        let expected = run_4bit(input, Codebook4::Fp4, 32, SCALAR);
+        let expected_8bit = run_8bit(input, &DYNAMIC_SIGNED, 64, SCALAR);
+        for execution in others(0) {
+            assert!(run_4bit(input, Codebook4::Fp4, 32, execution) == expected, "{execution:?}");
+            assert!(run_8bit(input, &DYNAMIC_SIGNED, 64, execution) == expected_8bit, "{execution:?}");
+        }
+    }
+}
+
+#[test]
+fn paths_agree_on_every_pattern_of_two_bytes() {
+    check_every_pattern(f16::from_bits);
+    check_every_pattern(bf16::from_bits);
+}
+
+fn check_decoding<T: Float>(packed: &[u8], absmax: &[f32]) {
+    for (block_size, n) in [(32, 2 * packed.len()), (64, 2 * packed.len() - 1), (256, 2 * packed.len() - 33)]
+    {
+        for codebook in Codebook4::ALL {
+            let run = |execution| {
+                let absmax = Absmax::Plain(&absmax[..n.div_ceil(block_size)]);
+                let mut output = vec![T::default(); n];
+                dequantize_4bit(
+                    &packed[..n.div_ceil(2)],
+                    absmax,
+                    codebook,
+                    block_size,
+                    &mut output,
+                    execution,
+                );
+                output.to_bytes()
+            };
+            let run_8bit = |execution| {
+                let mut output = vec![T::default(); packed.len()];
+                let absmax = &absmax[..packed.len().div_ceil(block_size)];
+                dequantize_blockwise(packed, absmax, &DYNAMIC_SIGNED, block_size, &mut output, execution);
+                output.to_bytes()
+            };
+            let (expected, expected_8bit) = (run(SCALAR), run_8bit(SCALAR));
+            for execution in others(0) {
+                assert!(run(execution) == expected, "{codebook:?} {block_size} {execution:?}");
+                assert!(run_8bit(execution) == expected_8bit, "{block_size} {execution:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn paths_of_decoding_agree_on_any_bits() {
+    let mut bits = Bits(77);
+    let packed: Vec<u8> = (0..40_000).map(|_| bits.next() as u8).collect();
+    // every kind of NaN, with payloads that rounding to a shorter type must not turn into numbers
+    let special =
+        [0x7fff_ffff, 0xffff_ffff, 0x7f80_0001, 0xff80_8000, 0x7f80_0000, 1, 0x8000_0000, 0x7f7f_ffff];
+    let absmax: Vec<f32> =
+        (0..2500).map(|i| f32::from_bits(*special.get(i).unwrap_or(&bits.next()))).collect();
+    check_decoding::<f32>(&packed, &absmax);
+    check_decoding::<f16>(&packed, &absmax);
+    check_decoding::<bf16>(&packed, &absmax);
 }
 
 fn maps() -> Vec<[f32; 256]> {
@@ -206,13 +294,13 @@ fn run_8bit<T: Float>(input: &[T], map: &[f32; 256], block_size: usize, executio
 
 fn check_8bit<T: Float>(n: usize, block_size: usize, seed: u64) {
     let mut input = elements::<T>(n, seed);
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         // a whole tensor with a NaN has no codes to compare
         input.iter_mut().for_each(|x| *x = if x.to_f32().is_finite() { *x } else { T::from_f32(0.5) });
     }
     for (i, map) in maps().iter().enumerate() {
         let expected = run_8bit(&input, map, block_size, SCALAR);
-        for execution in others() {
+        for execution in others(n) {
             let found = run_8bit(&input, map, block_size, execution);
             assert!(found == expected, "map {i} {block_size} n = {n} seed = {seed} {execution:?}");
         }
@@ -222,7 +310,7 @@ fn check_8bit<T: Float>(n: usize, block_size: usize, seed: u64) {
 #[test]
 fn paths_of_8bit_agree_at_every_size() {
     for block_size in [64, 256, 4096] {
-        for n in [1, 2, 15, 17, 63, 65, block_size - 1, block_size, block_size + 1, 3 * block_size + 77] {
+        for n in [1, 17, block_size - 1, block_size, block_size + 1, 2 * block_size + 77] {
             check_8bit::<f32>(n, block_size, n as u64);
             check_8bit::<f16>(n, block_size, n as u64 + 1);
             check_8bit::<bf16>(n, block_size, n as u64 + 2);
@@ -232,12 +320,11 @@ fn paths_of_8bit_agree_at_every_size() {
 
 #[test]
 fn paths_of_8bit_agree_where_threads_share_the_work() {
-    check_8bit::<f32>(200_003, 256, 4);
-    check_8bit::<f16>(131_072, 64, 8);
+    check_8bit::<f32>(66_003, 256, 4);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
     fn paths_agree_on_random_sizes_and_bits(n in 0usize..9000, seed: u64, shift in 0u32..7) {
