@@ -11,7 +11,7 @@ SPECS: dict[str, dict[str, Any]]
 
 def quantize_4bit(
     input: Array,
-    codebook: Literal['nf4', 'fp4', 'af4'] | str,
+    codebook: Literal["nf4", "fp4", "af4"] | str,
     block_size: int,
     *,
     out: tuple[Array, Array] | None = None,
@@ -20,7 +20,7 @@ def dequantize_4bit(
     packed: Array,
     absmax: Array,
     n: int,
-    codebook: Literal['nf4', 'fp4', 'af4'] | str,
+    codebook: Literal["nf4", "fp4", "af4"] | str,
     block_size: int,
     dtype: DtypeLike,
     absmax_scale: Array | None = None,
@@ -31,7 +31,7 @@ def dequantize_4bit(
 ) -> Array: ...
 def pack_4bit(
     codes: Array,
-    codebook: Literal['nf4', 'fp4', 'af4'] | str,
+    codebook: Literal["nf4", "fp4", "af4"] | str,
     *,
     out: Array | None = None,
 ) -> Array: ...
@@ -95,7 +95,7 @@ def gemm_4bit(
     absmax: Array,
     N: int,
     K: int,
-    codebook: Literal['nf4', 'fp4', 'af4'] | str,
+    codebook: Literal["nf4", "fp4", "af4"] | str,
     block_size: int,
     bias: Array | None = None,
     absmax_scale: Array | None = None,

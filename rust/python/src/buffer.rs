@@ -131,7 +131,9 @@ fn capsule<M>(py: Python<'_>, export: Export<M>, name: &'static CStr) -> PyResul
     // SAFETY: a live pointer, a static name, and a destructor for exactly this type.
     unsafe {
         let capsule = ffi::PyCapsule_New(pointer.cast(), name.as_ptr(), Some(drop_capsule::<M>));
-        Bound::from_owned_ptr_or_err(py, capsule).map(Bound::unbind).inspect_err(|_| drop(Box::from_raw(pointer)))
+        Bound::from_owned_ptr_or_err(py, capsule)
+            .map(Bound::unbind)
+            .inspect_err(|_| drop(Box::from_raw(pointer)))
     }
 }
 
@@ -193,6 +195,9 @@ impl Buffer {
     }
 
     fn __repr__(&self) -> String {
-        format!("Buffer(shape={:?}, dtype={}, device={})", self.0.shape, self.0.tensor.dtype, self.0.tensor.device)
+        format!(
+            "Buffer(shape={:?}, dtype={}, device={})",
+            self.0.shape, self.0.tensor.dtype, self.0.tensor.device
+        )
     }
 }

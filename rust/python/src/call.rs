@@ -3,10 +3,11 @@
 use crate::buffer::Buffer;
 use crate::exception::raise;
 use crate::lend::{Lender, Loans};
+use pyo3::Borrowed;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
+use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
 use qbits_core::backend::{Backend, Cpu, Cuda, OPS, Op};
 use qbits_core::cuda::{self, Memory};
 use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, ExchangeApi};
@@ -49,13 +50,12 @@ pub fn num_threads(py: Python<'_>) -> PyResult<usize> {
 }
 
 /// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
-pub fn call(
+pub fn call<'a, 'py>(
+    py: Python<'py>,
     op: &'static Op,
-    args: &Bound<'_, PyTuple>,
-    keywords: Option<&Bound<'_, PyDict>>,
-) -> PyResult<Py<PyAny>> {
-    with_values(op, args, keywords, |values, symbols, items, loans| {
-        let py = args.py();
+    args: impl ExactSizeIterator<Item = Borrowed<'a, 'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    with_values(py, op, args, |values, symbols, items, loans| {
         let compiled = (op.compiled)();
         let mut results = Results::default();
         for (i, arg) in compiled.spec.args.iter().enumerate() {
@@ -63,7 +63,7 @@ pub fn call(
                 (Role::Scratch(_), _) | (Role::Out(..), Value::Absent) => {
                     values[i] = Value::Tensor(results.allocate(py, compiled, i, values, symbols, loans)?);
                 }
-                (Role::Out(..), _) => results.given(items[i].as_ref()),
+                (Role::Out(..), _) => results.given(items[i]),
                 _ => {}
             }
         }
@@ -79,8 +79,9 @@ pub fn call(
 fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
     let py = args.py();
     let found = OPS.iter().find(|candidate| (candidate.compiled)().spec.name == op);
-    let found = found.ok_or_else(|| PyValueError::new_err(format!("qbits::check: op must be declared, got {op:?}")))?;
-    with_values(found, args, None, |values, symbols, _, _| {
+    let found = found
+        .ok_or_else(|| PyValueError::new_err(format!("qbits::check: op must be declared, got {op:?}")))?;
+    with_values(py, found, args.iter_borrowed(), |values, symbols, _, _| {
         let compiled = (found.compiled)();
         let is_missing = |(arg, value): (&Arg, &Value)| {
             matches!(arg.role, Role::Out(..) | Role::Scratch(_)) && matches!(value, Value::Absent)
@@ -93,26 +94,25 @@ fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
 }
 
 /// Borrows and checks the arguments, then hands them on: values, bound symbols, objects, loans.
-fn with_values<R>(
+fn with_values<'a, 'py, R>(
+    py: Python<'py>,
     op: &'static Op,
-    args: &Bound<'_, PyTuple>,
-    keywords: Option<&Bound<'_, PyDict>>,
-    then: impl FnOnce(&mut [Value], &Symbols, &[Option<Bound<'_, PyAny>>], &mut Loans) -> PyResult<R>,
+    args: impl ExactSizeIterator<Item = Borrowed<'a, 'py, PyAny>>,
+    then: impl FnOnce(&mut [Value], &Symbols, &[Option<Borrowed<'a, 'py, PyAny>>], &mut Loans) -> PyResult<R>,
 ) -> PyResult<R> {
-    let py = args.py();
     let compiled = (op.compiled)();
     let spec = compiled.spec;
     let num_expected = spec.args.iter().filter(|arg| !matches!(arg.role, Role::Scratch(_))).count();
-    if args.len() != num_expected || keywords.is_some_and(|keywords| !keywords.is_empty()) {
-        let got = if args.len() == num_expected { "keywords".to_owned() } else { args.len().to_string() };
+    if args.len() != num_expected {
+        let (name, got) = (spec.name, args.len());
         let message =
-            format!("qbits::{}: the call must have {num_expected} positional arguments, got {got}", spec.name);
+            format!("qbits::{name}: the call must have {num_expected} positional arguments, got {got}");
         return Err(raise(py, Error::new(ErrorKind::Type, message)));
     }
 
     let names: [OnceCell<String>; MAX_ARGS] = Default::default();
-    let mut items: [Option<Bound<'_, PyAny>>; MAX_ARGS] = Default::default();
-    for (slot, item) in items.iter_mut().zip(args.iter()) {
+    let mut items = [None; MAX_ARGS];
+    for (slot, item) in items.iter_mut().zip(args) {
         *slot = Some(item);
     }
     let mut loans = Loans::default();
@@ -138,12 +138,16 @@ fn convert<'a>(
     }
     let value = match arg.role {
         Role::Int | Role::OneOf(_) => integer(object),
-        Role::OneOfStr(_) => object.cast::<PyString>().ok().map(|word| word.to_str()).transpose()?.map(Value::Str),
+        Role::OneOfStr(_) => {
+            object.cast::<PyString>().ok().map(|word| word.to_str()).transpose()?.map(Value::Str)
+        }
         Role::OneOfDtype(_) => dtype(object)?.map(Value::Dtype),
         _ => loans.borrow(op, arg.name, object)?.map(Value::Tensor),
     };
     Ok(value.unwrap_or_else(|| {
-        Value::Other(name.get_or_init(|| object.get_type().name().map_or("an object".into(), |n| n.to_string())))
+        Value::Other(
+            name.get_or_init(|| object.get_type().name().map_or("an object".into(), |n| n.to_string())),
+        )
     }))
 }
 
@@ -155,7 +159,8 @@ fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
 /// The dtype that `object` names: a word, or an object whose text ends in one, as `torch.float32` does.
 fn dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
     let address = object.as_ptr() as usize;
-    let known = DTYPE_OBJECTS.with_borrow(|seen| seen.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
+    let known =
+        DTYPE_OBJECTS.with_borrow(|seen| seen.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
     if known.is_some() {
         return Ok(known);
     }
@@ -174,10 +179,16 @@ fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut
     let name = (op.compiled)().spec.name;
     let result = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
         Device::Cpu => {
-            let is_large = values.iter().any(|value| matches!(value, Value::Tensor(t) if t.len() > INLINE_ELEMENTS));
-            let num_threads = if is_large { num_threads(py)? } else { 1 };
+            let is_large =
+                values.iter().any(|value| matches!(value, Value::Tensor(t) if t.len() > INLINE_ELEMENTS));
             // SAFETY: `check_inputs` and `check_outputs` accepted the values, whose memory the loans and results hold.
-            py.detach(|| unsafe { (op.run)(values, &Backend::Cpu(Cpu { num_threads })) })
+            let run = |num_threads| unsafe { (op.run)(values, &Backend::Cpu(Cpu { num_threads })) };
+            if is_large {
+                let num_threads = num_threads(py)?;
+                py.detach(|| run(num_threads))
+            } else {
+                run(1) // microseconds: not worth letting go of the interpreter
+            }
         }
         Device::Cuda(ordinal) => {
             let stream = loans.stream(py, name, ordinal)?;
@@ -212,20 +223,20 @@ fn check_memory(op: &Op, values: &[Value], stream: cuda::Stream) -> qbits_core::
 
 /// The outputs of a call, given or allocated, and its scratch.
 #[derive(Default)]
-struct Results {
-    objects: Vec<Py<PyAny>>,
-    buffers: Vec<Py<Buffer>>,
-    scratch: Vec<Py<PyAny>>,
+struct Results<'py> {
+    objects: Vec<Bound<'py, PyAny>>,
+    buffers: Vec<Bound<'py, Buffer>>,
+    scratch: Vec<Bound<'py, PyAny>>,
 }
 
-impl Results {
-    fn given(&mut self, object: Option<&Bound<'_, PyAny>>) {
-        self.objects.extend(object.map(|object| object.clone().unbind()));
+impl<'py> Results<'py> {
+    fn given(&mut self, object: Option<Borrowed<'_, 'py, PyAny>>) {
+        self.objects.extend(object.map(|object| object.to_owned()));
     }
 
     fn allocate(
         &mut self,
-        py: Python<'_>,
+        py: Python<'py>,
         compiled: &Compiled,
         index: usize,
         values: &[Value],
@@ -235,17 +246,19 @@ impl Results {
         let op = compiled.spec.name;
         let wanted = compiled.output(index, values, symbols).map_err(|error| raise(py, error))?;
         let (object, tensor) = match loans.first {
-            Some(Lender::Exchange(ExchangeApi { allocate: Some(allocate), to_object: Some(to_object), .. })) => {
-                allocate_exchange(py, *allocate, *to_object, &wanted)?
-            }
+            Some(Lender::Exchange(ExchangeApi {
+                allocate: Some(allocate),
+                to_object: Some(to_object),
+                ..
+            })) => allocate_exchange(py, *allocate, *to_object, &wanted)?,
             _ => {
                 let stream = match wanted.device {
                     Device::Cpu => None,
                     Device::Cuda(ordinal) => Some(loans.stream(py, op, ordinal)?),
                 };
                 let (buffer, tensor) = Buffer::new(op, &wanted, stream).map_err(|error| raise(py, error))?;
-                let buffer = Py::new(py, buffer)?;
-                self.buffers.push(buffer.clone_ref(py));
+                let buffer = Bound::new(py, buffer)?;
+                self.buffers.push(buffer.clone());
                 (buffer.into_any(), tensor)
             }
         };
@@ -257,13 +270,13 @@ impl Results {
     }
 
     /// Marks buffers as ready after the work enqueued so far; one output, or a tuple of several.
-    fn finish(mut self, py: Python<'_>, loans: &mut Loans) -> PyResult<Py<PyAny>> {
+    fn finish(mut self, py: Python<'py>, loans: &mut Loans) -> PyResult<Bound<'py, PyAny>> {
         for buffer in &self.buffers {
             buffer.get().mark_ready(loans.must_synchronize).map_err(|error| raise(py, error))?;
         }
         match self.objects.len() {
             1 => Ok(self.objects.remove(0)),
-            _ => Ok(PyTuple::new(py, self.objects)?.into_any().unbind()),
+            _ => Ok(PyTuple::new(py, self.objects)?.into_any()),
         }
     }
 }
@@ -282,12 +295,12 @@ unsafe extern "C" fn keep_message(context: *mut c_void, _kind: *const c_char, me
 }
 
 /// A tensor of the caller's own framework, from its own allocator, as an object and as memory.
-fn allocate_exchange(
-    py: Python<'_>,
+fn allocate_exchange<'py>(
+    py: Python<'py>,
     allocate: Allocate,
     to_object: ToObject,
     wanted: &Tensor,
-) -> PyResult<(Py<PyAny>, Tensor)> {
+) -> PyResult<(Bound<'py, PyAny>, Tensor)> {
     let mut shape = [0i64; qbits_core::tensor::MAX_RANK];
     shape[..wanted.shape().len()].copy_from_slice(wanted.shape());
     let mut prototype = DlTensor {
@@ -310,11 +323,12 @@ fn allocate_exchange(
             return Err(PyErr::take(py).unwrap_or_else(|| PyMemoryError::new_err(message)));
         }
         let mut tensor = *wanted;
-        tensor.data = (*managed).dl_tensor.data.cast::<u8>().wrapping_add((*managed).dl_tensor.byte_offset as usize);
+        tensor.data =
+            (*managed).dl_tensor.data.cast::<u8>().wrapping_add((*managed).dl_tensor.byte_offset as usize);
         if to_object(managed, &mut object) != 0 {
             return Err(PyErr::fetch(py));
         }
         let object = Bound::from_owned_ptr_or_err(py, object.cast::<ffi::PyObject>())?;
-        Ok((object.unbind(), tensor))
+        Ok((object, tensor))
     }
 }

@@ -109,7 +109,10 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     entry.set_item("source_hash", cuda::SOURCE_HASH)?;
     entry.set_item("cpu_isa", Isa::get().map_err(fail)?.name())?;
     entry.set_item("num_threads", num_threads(py)?)?;
-    entry.set_item("kernels", cuda::images().iter().map(|image| (image.name, image.kernels.len())).collect::<Vec<_>>())?;
+    entry.set_item(
+        "kernels",
+        cuda::images().iter().map(|image| (image.name, image.kernels.len())).collect::<Vec<_>>(),
+    )?;
     let devices = PyList::empty(py);
     let mut driver = None;
     if cuda::is_available() {
@@ -133,7 +136,11 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
                 match (cuda::images().is_empty(), missing.is_empty()) {
                     (true, _) => "this build holds no kernels (QBITS_CUDA=0)".to_owned(),
                     (_, true) => String::new(),
-                    _ => format!("no image fits for {}; built for {}", missing.join(", "), cuda::ARCHS.join(", ")),
+                    _ => format!(
+                        "no image fits for {}; built for {}",
+                        missing.join(", "),
+                        cuda::ARCHS.join(", ")
+                    ),
                 },
             )?;
             devices.append(device)?;

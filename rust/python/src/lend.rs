@@ -4,8 +4,8 @@
 use crate::exception::raise;
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
-use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyTuple};
 use qbits_core::cuda::{self, Stream};
 use qbits_core::dlpack::{DEVICE_CUDA, DlTensor, ExchangeApi, Owned, Refusal};
@@ -49,8 +49,7 @@ thread_local! {
 pub fn lender(object: &Bound<'_, PyAny>) -> PyResult<Lender> {
     // SAFETY: Py_TYPE of a live object is a live type.
     let address = unsafe { ffi::Py_TYPE(object.as_ptr()) } as usize;
-    let known =
-        TYPES.with_borrow(|types| types.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
+    let known = TYPES.with_borrow(|types| types.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
     if let Some(lender) = known {
         return Ok(lender);
     }
@@ -114,7 +113,12 @@ pub struct Loans {
 
 impl Loans {
     /// The memory of `object`, or None if it is no tensor.
-    pub fn borrow(&mut self, op: &'static str, arg: &str, object: &Bound<'_, PyAny>) -> PyResult<Option<Tensor>> {
+    pub fn borrow(
+        &mut self,
+        op: &'static str,
+        arg: &str,
+        object: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Tensor>> {
         let py = object.py();
         let lender = lender(object)?;
         let tensor = match lender {
@@ -288,11 +292,27 @@ fn refuse_lazy_negation(
     tensor: &Tensor,
 ) -> PyResult<()> {
     let is_float = matches!(tensor.dtype, Dtype::Float32 | Dtype::Float16 | Dtype::Bfloat16);
-    if is_float && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+    if is_float && is_negated(object)? {
         let got = "a negated view; resolve_neg() makes it one".to_owned();
         return Err(refuse(py, op, arg, &Refusal { kind: ErrorKind::Dtype, rule: "be a plain tensor", got }));
     }
     Ok(())
+}
+
+/// `torch.Tensor.is_neg(object)`, by the cheapest way to call it.
+fn is_negated(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static IS_NEG: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = object.py();
+    let is_neg = IS_NEG.get_or_try_init(py, || {
+        Ok::<_, PyErr>(py.import("torch")?.getattr("Tensor")?.getattr("is_neg")?.unbind())
+    })?;
+    // SAFETY: a live callable and a live argument, ended by null; the result is a new reference or an error.
+    let answer = unsafe {
+        let none = std::ptr::null_mut::<ffi::PyObject>();
+        let answer = ffi::PyObject_CallFunctionObjArgs(is_neg.as_ptr(), object.as_ptr(), none);
+        Bound::from_owned_ptr_or_err(py, answer)?
+    };
+    answer.is_truthy()
 }
 
 /// The exchange API refused: meta, sparse and batched tensors have no memory to lend.

@@ -67,7 +67,8 @@ fn create_normal_map<'py>(
     use_extra_value: bool,
 ) -> PyResult<Bound<'py, PyBytes>> {
     if offset != NORMAL_OFFSET {
-        let rule = format!("offset must be {NORMAL_OFFSET}, the one whose quantiles are built in, got {offset}");
+        let rule =
+            format!("offset must be {NORMAL_OFFSET}, the one whose quantiles are built in, got {offset}");
         let message = format!("qbits::create_normal_map: {rule}");
         return Err(raise(py, Error::new(ErrorKind::Value, message)));
     }
