@@ -15,7 +15,7 @@ from qbits.errors import QbitsError, QbitsWarning
 
 if TYPE_CHECKING:
     from qbits import checkpoint, compat, functional, model, nn, report, schemes
-    from qbits.checkpoint import load, save
+    from qbits.checkpoint import load, quantize_checkpoint, save
     from qbits.model import dequantize_, quantize_
     from qbits.report import compare, memory_report
     from qbits.schemes import available_schemes
@@ -39,6 +39,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize_",
+    "quantize_checkpoint",
     "report",
     "save",
     "schemes",
@@ -51,6 +52,7 @@ _ATTRIBUTES = {
     "dequantize_": "model",
     "load": "checkpoint",
     "memory_report": "report",
+    "quantize_checkpoint": "checkpoint",
     "quantize_": "model",
     "save": "checkpoint",
 }
