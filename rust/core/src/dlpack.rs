@@ -102,7 +102,12 @@ pub struct ExchangeApi {
     pub header: ExchangeHeader,
     /// prototype, result, context of the error, the error's reporter
     pub allocate: Option<
-        unsafe extern "C" fn(*mut DlTensor, *mut *mut DlManagedTensorVersioned, *mut c_void, SetError) -> c_int,
+        unsafe extern "C" fn(
+            *mut DlTensor,
+            *mut *mut DlManagedTensorVersioned,
+            *mut c_void,
+            SetError,
+        ) -> c_int,
     >,
     pub from_object: Option<unsafe extern "C" fn(*mut c_void, *mut *mut DlManagedTensorVersioned) -> c_int>,
     /// takes ownership of the tensor
@@ -115,7 +120,9 @@ pub struct ExchangeApi {
 
 const _: () = {
     assert!(size_of::<DlDevice>() == 8 && size_of::<DlDataType>() == 4 && size_of::<DlVersion>() == 8);
-    assert!(size_of::<DlTensor>() == 48 && offset_of!(DlTensor, ndim) == 16 && offset_of!(DlTensor, dtype) == 20);
+    assert!(
+        size_of::<DlTensor>() == 48 && offset_of!(DlTensor, ndim) == 16 && offset_of!(DlTensor, dtype) == 20
+    );
     assert!(offset_of!(DlTensor, shape) == 24 && offset_of!(DlTensor, strides) == 32);
     assert!(offset_of!(DlTensor, byte_offset) == 40);
     assert!(size_of::<DlManagedTensor>() == 64 && offset_of!(DlManagedTensor, deleter) == 56);
@@ -231,7 +238,8 @@ impl DlTensor {
         }
         // SAFETY: the caller promises `ndim` numbers behind `shape`.
         let shape = if rank == 0 { &[] } else { unsafe { std::slice::from_raw_parts(self.shape, rank) } };
-        let len = shape.iter().try_fold(1i64, |len, size| if *size < 0 { None } else { len.checked_mul(*size) });
+        let len =
+            shape.iter().try_fold(1i64, |len, size| if *size < 0 { None } else { len.checked_mul(*size) });
         if len.and_then(|len| len.checked_mul(dtype.size() as i64)).is_none() {
             let got = format!("shape {shape:?}");
             return Err(Refusal::new(ErrorKind::Shape, "have fewer than 2^63 bytes", got));
@@ -253,11 +261,11 @@ impl DlTensor {
 
 /// Row-major without gaps. Strides of dimensions of size 1 say nothing.
 fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
+    if shape.contains(&0) {
+        return true;
+    }
     let mut expected = 1i64;
     for (size, stride) in shape.iter().zip(strides).rev() {
-        if *size == 0 {
-            return true;
-        }
         if *size != 1 {
             if *stride != expected {
                 return false;

@@ -125,9 +125,9 @@ impl Tensor {
         &self.dims[..self.rank]
     }
 
-    /// Number of elements.
+    /// Number of elements; the largest number where they are more.
     pub fn len(&self) -> i64 {
-        self.shape().iter().product()
+        self.shape().iter().fold(1, |len, size| len.saturating_mul(*size))
     }
 
     /// No elements.

@@ -24,14 +24,18 @@ fn view(tensor: &DlTensor) -> Result<Tensor, Refusal> {
 #[test]
 fn a_cuda_tensor_is_read_with_offset_flags_and_shape() {
     let tensor = view(&dl_tensor(&mut [2, 3], None)).expect("legal");
-    assert_eq!((tensor.device, tensor.dtype, tensor.shape()), (Device::Cuda(3), Dtype::Bfloat16, &[2, 3][..]));
+    assert_eq!(
+        (tensor.device, tensor.dtype, tensor.shape()),
+        (Device::Cuda(3), Dtype::Bfloat16, &[2, 3][..])
+    );
     assert_eq!((tensor.data as usize, tensor.is_contiguous, tensor.is_read_only), (0x1006, true, true));
 }
 
 #[test]
 fn strides_of_size_one_and_of_empty_tensors_say_nothing() {
-    let is_contiguous =
-        |shape: &mut [i64], strides: &mut [i64]| view(&dl_tensor(shape, Some(strides))).expect("legal").is_contiguous;
+    let is_contiguous = |shape: &mut [i64], strides: &mut [i64]| {
+        view(&dl_tensor(shape, Some(strides))).expect("legal").is_contiguous
+    };
     assert!(is_contiguous(&mut [2, 1, 3], &mut [3, 77, 1]));
     assert!(is_contiguous(&mut [0, 5], &mut [9, 9]));
     assert!(!is_contiguous(&mut [2, 3], &mut [1, 2]));

@@ -236,7 +236,11 @@ impl Compiled {
         };
         let mut bound = *symbols;
         let dims = self.dims(index, &mut bound, &[])?;
-        Ok(Tensor::new(std::ptr::null_mut(), dtype, device, &dims[..self.rank(index)]))
+        let output = Tensor::new(std::ptr::null_mut(), dtype, device, &dims[..self.rank(index)]);
+        match output.len().checked_mul(dtype.size() as i64) {
+            Some(_) => Ok(output),
+            None => Err(self.too_large(index, symbols)),
+        }
     }
 
     fn output_dtype(&self, of: Of, values: &[Value]) -> Dtype {

@@ -104,13 +104,13 @@ impl Compiled {
         Ok(dims)
     }
 
-    fn too_large(&self, index: usize, symbols: &Symbols) -> Error {
+    pub(super) fn too_large(&self, index: usize, symbols: &Symbols) -> Error {
         let bound: Vec<_> = (self.symbols.iter().zip(symbols.values))
             .filter_map(|(name, value)| value.map(|value| format!("{name} = {value}")))
             .collect();
         let (op, arg, text) = (self.spec.name, self.spec.args[index].name, self.text(index));
         let message = format!(
-            "qbits::{op}: {arg} must have fewer than 2^63 elements, got [{text}] with {}",
+            "qbits::{op}: {arg} must have fewer than 2^63 bytes, got [{text}] with {}",
             bound.join(", ")
         );
         Error::new(ErrorKind::Shape, message)

@@ -216,8 +216,8 @@ fn dimensions_are_matched_with_the_given_numbers() {
     );
     assert_eq!(
         message::<Gemm4bit>(&gemm(&[1, 1 << 40], 1 << 40, 1 << 40, &[5])).1,
-        "qbits::gemm_4bit: packed must have fewer than 2^63 elements, \
-         got [ceil_div(N * K, 2)] with M = 1, K = 1099511627776, N = 1099511627776"
+        "qbits::gemm_4bit: packed must have fewer than 2^63 bytes, \
+         got [ceil_div(N * K, 2)] with M = 1, K = 1099511627776, N = 1099511627776, block_size = 64"
     );
 }
 
