@@ -233,7 +233,7 @@ def _direct_gemm_4bit(
 
 def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None) -> Tensor:
     """``input @ weight.T + bias``: the bias in its own dtype is added in float32, as in the fused kernels."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         if bias is None or bias.dtype == input.dtype:
             result = torch.nn.functional.linear(input, weight, bias)
         else:

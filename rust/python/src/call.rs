@@ -2,12 +2,12 @@
 
 use crate::buffer::Buffer;
 use crate::exception::raise;
-use crate::lend::{Lender, Loans};
+use crate::lend::{Framework, Lender, Loans};
 use pyo3::Borrowed;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
 use qbits_core::backend::{Backend, Cpu, Cuda, OPS, Op};
 use qbits_core::cuda::{self, Memory};
 use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, ExchangeApi};
@@ -251,6 +251,7 @@ impl<'py> Results<'py> {
                 to_object: Some(to_object),
                 ..
             })) => allocate_exchange(py, *allocate, *to_object, &wanted)?,
+            Some(Lender::Capsule(Framework::Torch)) => allocate_torch(py, op, &wanted, loans)?,
             _ => {
                 let stream = match wanted.device {
                     Device::Cpu => None,
@@ -279,6 +280,22 @@ impl<'py> Results<'py> {
             _ => Ok(PyTuple::new(py, self.objects)?.into_any()),
         }
     }
+}
+
+/// A tensor of a torch without the exchange API, or with the API switched off.
+fn allocate_torch<'py>(
+    py: Python<'py>,
+    op: &'static str,
+    wanted: &Tensor,
+    loans: &mut Loans,
+) -> PyResult<(Bound<'py, PyAny>, Tensor)> {
+    let torch = py.import("torch")?;
+    let keywords = PyDict::new(py);
+    keywords.set_item("dtype", torch.getattr(wanted.dtype.name())?)?;
+    keywords.set_item("device", wanted.device.to_string())?;
+    let object = torch.getattr("empty")?.call((wanted.shape().to_vec(),), Some(&keywords))?;
+    let tensor = loans.borrow(op, "output", &object)?;
+    Ok((object, tensor.ok_or_else(|| PyMemoryError::new_err("torch.empty gave no tensor"))?))
 }
 
 type Allocate =

@@ -103,12 +103,13 @@ unsafe impl Params for Gemm4bitSkinnyParams {}
 
 /// Rows of the weight in one tile of the tensor cores.
 const TILE_ROWS: u64 = 16;
-/// Thread blocks of the tensor-core kernel that a multiprocessor holds.
-const BLOCKS_PER_SM: u64 = 1;
-/// Threads of the tensor-core kernel.
-const MMA_THREADS: u32 = 512;
-/// Its table of decoded pairs and its partial sums.
-const MMA_SHARED_BYTES: u32 = 66560;
+/// Threads of a multiprocessor that the tensor-core kernel uses: one block of 512 or two of 256.
+const MMA_THREADS_PER_SM: u32 = 512;
+/// Its table of decoded pairs; the partial sums of its warps come behind it.
+const MMA_TABLE_BYTES: u32 = 33792;
+/// Longest rows whose offsets the tensor-core kernel holds in 32 bits.
+const MMA_MAX_K: i64 = 1 << 24;
+
 /// Rows of the weight that one thread block of the other kernels computes.
 const SIMT_ROWS: u64 = 8;
 
@@ -151,30 +152,32 @@ impl Gemm4bit {
         GemmPlan { launch, tiles_per_cta: 0, num_larger_ctas: 0 }
     }
 
-    /// Tensor cores: one wave of thread blocks, or as few as hold all tiles, with the tiles spread evenly.
+    /// Tensor cores: as few waves of thread blocks as hold all tiles, with the tiles spread evenly over them.
     fn plan_mma(&self, limits: &Limits) -> GemmPlan {
         let num_tiles = (self.N as u64).div_ceil(TILE_ROWS);
-        let slots = u64::from(limits.num_sms) * BLOCKS_PER_SM;
-        let has_few_rows = num_tiles <= 2 * slots;
-        let tiles_at_once = if has_few_rows { 2 } else { 4 };
-        let family = match (has_few_rows, self.block_size == 32, self.absmax_scale.is_some()) {
-            (true, false, false) => "gemm_4bit_skinny_rows32",
-            (true, false, true) => "gemm_4bit_skinny_rows32_nested",
-            (true, true, false) => "gemm_4bit_skinny_rows32_block32",
-            (true, true, true) => "gemm_4bit_skinny_rows32_block32_nested",
-            (false, false, false) => "gemm_4bit_skinny_rows64",
-            (false, false, true) => "gemm_4bit_skinny_rows64_nested",
-            (false, true, false) => "gemm_4bit_skinny_rows64_block32",
-            (false, true, true) => "gemm_4bit_skinny_rows64_block32_nested",
+        let num_sms = u64::from(limits.num_sms);
+        // Measured on an H200: two blocks of 256 threads per multiprocessor win for tall weights and short, middling ones.
+        let is_middling = num_tiles > num_sms && num_tiles <= 2 * num_sms && self.K <= 4096;
+        let threads = if num_tiles > 4 * num_sms || is_middling { 256 } else { 512 };
+        let slots = num_sms * u64::from(MMA_THREADS_PER_SM / threads);
+        let is_block32 = self.block_size == 32;
+        let tiles_at_once = if is_block32 || num_tiles <= 2 * slots { 2 } else { 4 };
+        let family = match (tiles_at_once, is_block32, self.absmax_scale.is_some()) {
+            (_, true, false) => "gemm_4bit_skinny_rows32_block32",
+            (_, true, true) => "gemm_4bit_skinny_rows32_block32_nested",
+            (2, _, false) => "gemm_4bit_skinny_rows32",
+            (2, _, true) => "gemm_4bit_skinny_rows32_nested",
+            (_, _, false) => "gemm_4bit_skinny_rows64",
+            (_, _, true) => "gemm_4bit_skinny_rows64_nested",
         };
-        let tokens = if self.input.shape()[0] <= 4 || self.block_size == 32 { 4 } else { 8 };
+        let tokens = if self.input.shape()[0] <= 4 || is_block32 { 4 } else { 8 };
         let waves = num_tiles.div_ceil(slots * tiles_at_once);
         let grid = num_tiles.min(waves * slots);
         let launch = Launch {
             symbol: Symbol { family, dtype: Some(self.input.dtype), codebook: "", number: tokens },
             grid,
-            threads: MMA_THREADS,
-            shared_bytes: MMA_SHARED_BYTES,
+            threads,
+            shared_bytes: MMA_TABLE_BYTES + threads * (tiles_at_once * TILE_ROWS) as u32,
         };
         let tiles_per_cta = num_tiles.checked_div(grid).unwrap_or(0) as i32;
         let num_larger_ctas = num_tiles.checked_rem(grid).unwrap_or(0) as i32;

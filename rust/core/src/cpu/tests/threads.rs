@@ -12,7 +12,7 @@ fn parts_are_whole_units_and_few() {
         [(0, 64, 4), (1, 64, 1), (65_535, 256, 8), (65_536, 256, 2), (10_000_000, 4096, 3)]
     {
         let len = part_len(n, unit, threads);
-        assert!(len > 0 && len % unit == 0, "{n} {unit} {threads}");
+        assert!(len > 0 && len.is_multiple_of(unit), "{n} {unit} {threads}");
         assert!(n.div_ceil(len) <= 4 * threads);
         assert!(n >= 65_536 || n <= len, "small work stays in one part");
     }
