@@ -1,7 +1,8 @@
-"""Writes the type stubs of the compiled module and of the ops from the declarations: ``python tests/stubs.py``."""
+"""Writes the stubs of the compiled module and of the ops from the declarations: ``python tests/stubs.py``."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def codebook_4bit(name: str) -> bytes: ...
 
 def _type(arg: dict[str, Any]) -> str:
     if arg["role"] == "str":
-        return f"Literal[{', '.join(repr(choice) for choice in arg['choices'])}] | str"
+        return f"Literal[{', '.join(json.dumps(choice) for choice in arg['choices'])}] | str"
     return TYPES[arg["role"]]
 
 

@@ -131,7 +131,7 @@ def test_sizes_beyond_63_bits_are_refused():
     with pytest.raises(errors.ShapeError, match=r"^qbits::unpack_4bit: packed must "):
         ops.unpack_4bit(codes, 2**63 - 1)
     with pytest.raises(
-        errors.ShapeError, match=r"^qbits::gemm_4bit: packed must have fewer than 2\^63 elements, got "
+        errors.ShapeError, match=r"^qbits::gemm_4bit: packed must have fewer than 2\^63 bytes, got "
     ):
         ops.gemm_4bit(torch.zeros(0, 2**40), codes, absmax, 2**40, 2**40, "nf4", 64)
 

@@ -1,7 +1,7 @@
 """qbits: quantization of PyTorch models to 8 and 4 bits, exact on CPU and GPU.
 
-``qbits.quantize_(model, "nf4")`` quantizes a model in place, ``qbits.nn`` has the layers, ``qbits.functional`` the
-operations on any DLPack array, ``qbits.ops`` the bare operators.
+``qbits.quantize_(model, "nf4")`` quantizes a model in place, ``qbits.nn`` has the layers,
+``qbits.functional`` the operations on any DLPack array, ``qbits.ops`` the bare operators.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 def is_available(device: str = "cuda") -> bool:
-    """Whether the ops run on this kind of device here: always on "cpu", on "cuda" with a GPU that a kernel fits."""
+    """Whether the ops run on such a device: always on "cpu", on "cuda" with a GPU that a kernel fits."""
     if device == "cpu":
         return True
     from qbits import _core

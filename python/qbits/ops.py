@@ -1,8 +1,9 @@
-"""One callable per declared op: the direct path into `qbits._core`, and ``torch.ops.qbits`` for all that traces.
+"""One callable per declared op: the direct path into `qbits._core`, ``torch.ops.qbits`` for all that traces.
 
-Everything here is derived from the declarations (`qbits._core.specs()`): signatures, the ``torch.library`` schema, the
-fake kernels and the docstrings. Ops take contiguous tensors of any framework that speaks DLPack and return tensors of
-the same one (`qbits.Buffer` where the framework has no exchange API); they reshape nothing and record no gradient.
+Everything here is derived from the declarations (`qbits._core.specs()`): signatures, the ``torch.library``
+schema, the fake kernels and the docstrings. Ops take contiguous tensors of any framework that speaks DLPack
+and return tensors of the same one (`qbits.Buffer` where the framework has no exchange API); they reshape
+nothing and record no gradient.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from qbits import _core
-from qbits.errors import DeviceError, DtypeError, ShapeError, TracedTensorError
+from qbits.errors import DeviceError, DtypeError, ShapeError, TracedTensorError  # noqa: F401 - the last in the template
 
 _core.set_num_threads_source(torch.get_num_threads)
 
 SPECS: dict[str, dict[str, Any]] = {spec["name"]: spec for spec in _core.specs()}
-__all__ = [*SPECS]  # noqa: PLE0604 - the names are those of the declarations
+__all__ = [*SPECS]
 
 _LIBRARY = torch.library.Library("qbits", "DEF")
 _SCHEMA_TYPES = {"input": "Tensor", "optional": "Tensor?", "int": "int", "str": "str", "dtype": "ScalarType"}
@@ -35,7 +36,7 @@ def _outputs(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _schema_type(arg: dict[str, Any]) -> str:
-    """Sizes may be symbolic, so that one compiled graph serves them all; choices are constants of the graph."""
+    """Sizes may be symbolic, so that one compiled graph serves all; choices are constants of the graph."""
     return "SymInt" if arg["role"] == "int" and "choices" not in arg else _SCHEMA_TYPES[arg["role"]]
 
 
@@ -122,7 +123,7 @@ _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 
 
 def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
-    """torch's own call for several tensors at once, where this release has it: a fifth of the time."""
+    """Torch's own call for several tensors at once, where this release has it: a fifth of the time."""
     try:
         torch._C._increment_version((torch.empty(0),))
     except TypeError:
@@ -220,15 +221,15 @@ def _direct_gemm_4bit(
 ) -> Any:
     """The fused kernel, or decode and torch's GEMM, as the one rule in `_core.plan_gemm_4bit` says."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
-    if isinstance(input, Tensor) and input.dim() == 2:
-        if _core.plan_gemm_4bit(input.shape[0], input.is_cuda) == "dequantize":
-            arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-            _core.check("gemm_4bit", *arguments)
-            weight = _core.dequantize_4bit(
-                packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None
-            )
-            return _dense_product(input, weight.view(N, K), bias, output)
-    return _core.gemm_4bit(input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
+    arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
+    is_matrix = isinstance(input, Tensor) and input.dim() == 2
+    if is_matrix and _core.plan_gemm_4bit(input.shape[0], input.is_cuda) == "dequantize":
+        _core.check("gemm_4bit", *arguments)
+        weight = _core.dequantize_4bit(
+            packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None
+        )
+        return _dense_product(input, weight.view(N, K), bias, output)
+    return _core.gemm_4bit(*arguments)
 
 
 def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None) -> Tensor:
