@@ -27,69 +27,68 @@ struct Quantize4bitParams {
 };
 static_assert(sizeof(Quantize4bitParams) == 40, "keep in step with the Rust mirror");
 
-template <typename T, typename Codebook, bool kFull, bool kStream>
-__device__ __forceinline__ void store_codes_4bit(const Quantize4bitParams& p, const WarpTile<T>& tile,
-                                                 const CodeSearch<Codebook>& search, float inverse, int lanes,
-                                                 int64_t first, int lane) {
+/// Quantizes the warp tile at `first`. `warp_max` as for block_scales.
+template <bool kFull, int kThreads, typename T, typename Codebook>
+__device__ __forceinline__ void quantize_4bit_tile(const Quantize4bitParams& p,
+                                                   const CodeSearch<Codebook>& search,
+                                                   const BlockLane<T>& self, uint32_t* warp_max,
+                                                   int64_t first) {
     using Tile = WarpTile<T>;
-    constexpr int kVector = Tile::kVector;
+    constexpr int kVector = Tile::kVector, kRowBytes = Tile::kRowElements / 2;
+    Tile tile;
+    tile.template load<kFull>(static_cast<const T*>(p.input), first, p.n, self.lane);
+    const float inverse = block_scales<kFull, kThreads>(tile, self, warp_max, p.absmax, first, p.n);
+    uint32_t word[Tile::kRows];
     #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-        const float scale = __shfl_sync(0xffffffffu, inverse, r, lanes);
+        const float scale = __shfl_sync(0xffffffffu, inverse, r, self.lanes);
         float x[kVector];
         uint32_t code[kVector];
         unpack<T>(tile.row[r], x);
         #pragma unroll
         for (int i = 0; i < kVector; ++i) code[i] = search(__fmul_rn(x[i], scale));
-        uint32_t word = Codebook::finish(pack_nibbles(code));
-        if (scale == 0.0f) word = Codebook::kZeroWord;
-
-        const int64_t i = first + r * Tile::kRowElements + lane * kVector;
-        uint8_t* const out = p.packed + (i >> 1);
-        if constexpr (kFull && kStream && kVector == 8) {
-            store_streaming(reinterpret_cast<uint32_t*>(out), word);
-        } else if constexpr (kFull && kStream) {
-            store_streaming(reinterpret_cast<uint16_t*>(out), uint16_t(word));
-        } else if constexpr (kFull && kVector == 8) {
-            *reinterpret_cast<uint32_t*>(out) = word;
+        word[r] = Codebook::finish(pack_nibbles(code));
+    }
+    if (__any_sync(0xffffffffu, inverse == 0.0f)) {  // a NaN or an Inf has no code
+        #pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r)
+            if (__shfl_sync(0xffffffffu, inverse, r, self.lanes) == 0.0f) word[r] = Codebook::kZeroWord;
+    }
+    const int64_t i = first + self.lane * kVector;
+    uint8_t* const out = p.packed + (i >> 1);
+    #pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+        if constexpr (kFull && kVector == 8) {
+            *reinterpret_cast<uint32_t*>(out + r * kRowBytes) = word[r];
         } else if constexpr (kFull) {
-            *reinterpret_cast<uint16_t*>(out) = uint16_t(word);
+            *reinterpret_cast<uint16_t*>(out + r * kRowBytes) = uint16_t(word[r]);
         } else {
             #pragma unroll
             for (int j = 0; j < kVector / 2; ++j)
-                if (i + 2 * j < p.n) out[j] = uint8_t(word >> (8 * j));
+                if (i + r * Tile::kRowElements + 2 * j < p.n)
+                    out[r * kRowBytes + j] = uint8_t(word[r] >> (8 * j));
         }
     }
 }
 
 /// A warp owns whole tiles; only blocks larger than a tile (1024 elements of 16 bits, 512 of 32) need a
 /// barrier. Full speed needs the input on 16 and the codes on 4 bytes.
-template <typename T, typename Codebook, int kThreads, bool kStream>
+template <typename T, typename Codebook, int kThreads>
 __device__ __forceinline__ void quantize_4bit(const Quantize4bitParams& p) {
-    using Tile = WarpTile<T>;
-    constexpr int64_t kCtaElements = int64_t(Tile::kElements) * (kThreads / 32);
+    constexpr int kElements = WarpTile<T>::kElements;
+    constexpr int64_t kCtaElements = int64_t(kElements) * (kThreads / 32);
     __shared__ uint32_t warp_max[2][kThreads / 32];  // taken in turn: a warp is at most one barrier ahead
     const int lane = threadIdx.x % 32, warp = warp_in_cta();
     const CodeSearch<Codebook> search(lane);
-    const BlockShape<T> shape(p.block_shift);
-    const T* const input = static_cast<const T*>(p.input);
+    const BlockLane<T> self(p.block_shift, lane, warp);
     const bool aligned =
-        (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(p.packed) << 2) % 16 == 0;
+        (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.packed) << 2) % 16 == 0;
     int turn = 0;
     for (int64_t base = blockIdx.x * kCtaElements; base < p.n; base += gridDim.x * kCtaElements) {
-        const int64_t first = base + warp * Tile::kElements;
-        const bool full = aligned && first + Tile::kElements <= p.n;
-        Tile tile;
-        if (full)
-            tile.template load<true>(input, first, p.n, lane);
+        if (aligned && base + kCtaElements <= p.n)
+            quantize_4bit_tile<true, kThreads>(p, search, self, warp_max[turn], base + warp * kElements);
         else
-            tile.template load<false>(input, first, p.n, lane);
-        const float inverse =
-            block_scales<T, kThreads>(tile, shape, warp_max[turn], p.absmax, first, p.n, lane, warp);
-        if (full)
-            store_codes_4bit<T, Codebook, true, kStream>(p, tile, search, inverse, shape.lanes, first, lane);
-        else
-            store_codes_4bit<T, Codebook, false, kStream>(p, tile, search, inverse, shape.lanes, first, lane);
+            quantize_4bit_tile<false, kThreads>(p, search, self, warp_max[turn], base + warp * kElements);
         turn ^= 1;
     }
 }
@@ -201,24 +200,24 @@ __device__ __forceinline__ uint32_t unpack_word(uint32_t pairs) {
     return ((spread >> 4) & 0x000f000fu) | ((spread & 0x000f000fu) << 8);
 }
 
-constexpr int kCopyThreads = 256;
-constexpr int kCopyCodes = 16;  // of one thread at a time
-constexpr int64_t kCopyCtaCodes = 2 * kCopyThreads * kCopyCodes;
+constexpr int kPackThreads = 256;
+constexpr int kPackCodes = 16;  // of one thread at a time
+constexpr int64_t kPackCtaCodes = 2 * kPackThreads * kPackCodes;
 
-extern "C" __global__ __launch_bounds__(kCopyThreads) void pack_4bit(
+extern "C" __global__ __launch_bounds__(kPackThreads) void pack_4bit(
     const __grid_constant__ Pack4bitParams p) {
     const bool aligned =
         (reinterpret_cast<uintptr_t>(p.codes) | reinterpret_cast<uintptr_t>(p.packed) << 1) % 16 == 0;
-    for (int64_t base = blockIdx.x * kCopyCtaCodes; base < p.n; base += gridDim.x * kCopyCtaCodes) {
+    for (int64_t base = blockIdx.x * kPackCtaCodes; base < p.n; base += gridDim.x * kPackCtaCodes) {
         #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t i = base + (half * kCopyThreads + int(threadIdx.x)) * kCopyCodes;
-            if (aligned && i + kCopyCodes <= p.n) {
+            const int64_t i = base + (half * kPackThreads + int(threadIdx.x)) * kPackCodes;
+            if (aligned && i + kPackCodes <= p.n) {
                 const uint4 v = load_streaming(reinterpret_cast<const uint4*>(p.codes + i));
                 *reinterpret_cast<uint2*>(p.packed + i / 2) =
                     make_uint2(pack_word(v.x) | pack_word(v.y) << 16, pack_word(v.z) | pack_word(v.w) << 16);
             } else {
-                for (int64_t j = i; j < ::min(i + kCopyCodes, p.n); j += 2) {
+                for (int64_t j = i; j < ::min(i + kPackCodes, p.n); j += 2) {
                     const uint32_t low = j + 1 < p.n ? p.codes[j + 1] : uint32_t(p.zero_code);
                     p.packed[j / 2] = uint8_t((p.codes[j] & 15u) << 4 | (low & 15u));
                 }
@@ -235,39 +234,46 @@ struct Unpack4bitParams {
 };
 static_assert(sizeof(Unpack4bitParams) == 24, "keep in step with the Rust mirror");
 
-extern "C" __global__ __launch_bounds__(kCopyThreads) void unpack_4bit(
+extern "C" __global__ __launch_bounds__(kPackThreads) void unpack_4bit(
     const __grid_constant__ Unpack4bitParams p) {
     const bool aligned =
         (reinterpret_cast<uintptr_t>(p.codes) | reinterpret_cast<uintptr_t>(p.packed) << 1) % 16 == 0;
-    for (int64_t base = blockIdx.x * kCopyCtaCodes; base < p.n; base += gridDim.x * kCopyCtaCodes) {
+    for (int64_t base = blockIdx.x * kPackCtaCodes; base < p.n; base += gridDim.x * kPackCtaCodes) {
         #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t i = base + (half * kCopyThreads + int(threadIdx.x)) * kCopyCodes;
-            if (aligned && i + kCopyCodes <= p.n) {
+            const int64_t i = base + (half * kPackThreads + int(threadIdx.x)) * kPackCodes;
+            if (aligned && i + kPackCodes <= p.n) {
                 const uint2 v = load_streaming(reinterpret_cast<const uint2*>(p.packed + i / 2));
                 store_streaming(reinterpret_cast<uint4*>(p.codes + i),
                                 make_uint4(unpack_word(v.x), unpack_word(v.x >> 16), unpack_word(v.y),
                                            unpack_word(v.y >> 16)));
             } else {
-                for (int64_t j = i; j < ::min(i + kCopyCodes, p.n); ++j)
+                for (int64_t j = i; j < ::min(i + kPackCodes, p.n); ++j)
                     p.codes[j] = p.packed[j / 2] >> (j % 2 ? 0 : 4) & 15;
             }
         }
     }
 }
 
-#define ENTRY_POINTS(dtype, codebook, Codebook)                                                    \
-    extern "C" __global__ __launch_bounds__(256) void quantize_4bit_##dtype##_##codebook(          \
-        const __grid_constant__ Quantize4bitParams p) {                                            \
-        quantize_4bit<dtype, Codebook, 256, false>(p);                                                    \
-    }                                                                                              \
-    extern "C" __global__ __launch_bounds__(256) void dequantize_4bit_##dtype##_##codebook(        \
-        const __grid_constant__ Dequantize4bitParams p) {                                          \
-        dequantize_4bit<dtype, Codebook, false, 2, 256>(p);                                        \
-    }                                                                                              \
-    extern "C" __global__ __launch_bounds__(256) void dequantize_4bit_nested_##dtype##_##codebook( \
-        const __grid_constant__ Dequantize4bitParams p) {                                          \
-        dequantize_4bit<dtype, Codebook, true, 2, 256>(p);                                         \
+/// CTAs of quantize_4bit that must fit on a multiprocessor: six of 256 threads, of 40 registers each.
+#if __CUDA_ARCH__ >= 800
+constexpr int kQuantize4bitCtas = 6;
+#else
+constexpr int kQuantize4bitCtas = 4;  // all that sm_75 has room for
+#endif
+
+#define ENTRY_POINTS(dtype, codebook, Codebook)                                                              \
+    extern "C" __global__ __launch_bounds__(256, kQuantize4bitCtas) void quantize_4bit_##dtype##_##codebook( \
+        const __grid_constant__ Quantize4bitParams p) {                                                      \
+        quantize_4bit<dtype, Codebook, 256>(p);                                                              \
+    }                                                                                                        \
+    extern "C" __global__ __launch_bounds__(256) void dequantize_4bit_##dtype##_##codebook(                  \
+        const __grid_constant__ Dequantize4bitParams p) {                                                    \
+        dequantize_4bit<dtype, Codebook, false, 2, 256>(p);                                                  \
+    }                                                                                                        \
+    extern "C" __global__ __launch_bounds__(256) void dequantize_4bit_nested_##dtype##_##codebook(           \
+        const __grid_constant__ Dequantize4bitParams p) {                                                    \
+        dequantize_4bit<dtype, Codebook, true, 2, 256>(p);                                                   \
     }
 
 ENTRY_POINTS(float32, nf4, Nf4)

@@ -5,10 +5,14 @@
 // memory.
 //
 //   entry point                              threads  elements/warp  elements/CTA  static shared
-//   quantize_blockwise_{float16,bfloat16}        256       4 x 1024     4 x 8192        18.6 KB
-//   quantize_blockwise_float32                   256       4 x  512     4 x 4096        18.6 KB
+//   quantize_blockwise_{float16,bfloat16}        256       2 x 1024     2 x 8192        18.8 KB
+//   quantize_blockwise_float32                   256       2 x  512     2 x 4096        18.8 KB
 //   dequantize_blockwise_{float16,bfloat16}      256            512         4096           1 KB
 //   dequantize_blockwise_float32                 256            256         2048           1 KB
+//
+// Two tiles for each warp of quantize_blockwise, since the second is requested before the first is encoded;
+// with one, three or four the signed dynamic map takes 6, 1 or 3 % longer (bfloat16, H200). Other maps, whose
+// tables are made in every CTA, are 12 to 18 % faster with four.
 #include "blockwise_8bit.cuh"
 
 /// Arguments of quantize_blockwise.
@@ -22,81 +26,88 @@ struct QuantizeBlockwiseParams {
 };
 static_assert(sizeof(QuantizeBlockwiseParams) == 48, "keep in step with the Rust mirror");
 
-/// The tiles of one CTA. Two are in registers: the next is requested before the last is encoded.
-template <typename T, bool kPrefetch>
-struct QuantizeWalk {
-    using Tile = WarpTile<T>;
-    static constexpr int64_t kCtaElements = int64_t(Tile::kElements) * (kEncoderThreads / 32);
+template <typename T>
+constexpr int64_t kCtaElements = int64_t(WarpTile<T>::kElements) * (kEncoderThreads / 32);
 
-    const QuantizeBlockwiseParams& p;
-    const T* input;
-    uint32_t (*warp_max)[kEncoderThreads / 32];  // [2] shared memory
-    int lane, warp;
-    bool aligned;
+/// Whether the tiles of the CTA at `base` lie within the tensor, on addresses for vectors.
+template <typename T>
+__device__ __forceinline__ bool is_full(const QuantizeBlockwiseParams& p, int64_t base) {
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0;
+    return aligned && base + kCtaElements<T> <= p.n;
+}
 
-    __device__ __forceinline__ bool is_full(int64_t first) const {
-        return aligned && first + Tile::kElements <= p.n;
-    }
-    __device__ __forceinline__ void load(Tile& tile, int64_t base) const {
-        const int64_t first = base + warp * Tile::kElements;
-        if (is_full(first))
-            tile.template load<true>(input, first, p.n, lane);
+template <typename T>
+__device__ __forceinline__ void load_tile(const QuantizeBlockwiseParams& p, WarpTile<T>& tile, int64_t base,
+                                          int lane, int warp) {
+    const T* const input = static_cast<const T*>(p.input);
+    if (is_full<T>(p, base))
+        tile.template load<true>(input, base + warp * WarpTile<T>::kElements, p.n, lane);
+    else
+        tile.template load<false>(input, base + warp * WarpTile<T>::kElements, p.n, lane);
+}
+
+template <bool kFull, typename T, typename Encoder>
+__device__ __forceinline__ void quantize_tile(const QuantizeBlockwiseParams& p, const WarpTile<T>& tile,
+                                              const Encoder& encoder, const BlockLane<T>& self,
+                                              uint32_t* warp_max, int64_t first) {
+    const float inverse = block_scales<kFull, kEncoderThreads>(tile, self, warp_max, p.absmax, first, p.n);
+    encode_tile<kFull>(tile, encoder, inverse, self, p.codes, first, p.n);
+}
+
+/// Encodes the tile in hand, which begins at this CTA's first element, and all that follow; the next is
+/// requested before the last is encoded.
+template <typename T, typename Encoder>
+__device__ __forceinline__ void quantize_tiles(const QuantizeBlockwiseParams& p, WarpTile<T> tile,
+                                               const Encoder& encoder, int lane, int warp) {
+    __shared__ uint32_t
+        warp_max[2][kEncoderThreads / 32];  // taken in turn: a warp is at most one barrier ahead
+    const BlockLane<T> self(p.block_shift, lane, warp);
+    int turn = 0;
+    for (int64_t base = blockIdx.x * kCtaElements<T>; base < p.n; turn ^= 1) {
+        const int64_t here = base, first = base + warp * WarpTile<T>::kElements;
+        base += gridDim.x * kCtaElements<T>;
+        WarpTile<T> next;
+        if (base < p.n) load_tile(p, next, base, lane, warp);
+        if (is_full<T>(p, here))
+            quantize_tile<true>(p, tile, encoder, self, warp_max[turn], first);
         else
-            tile.template load<false>(input, first, p.n, lane);
+            quantize_tile<false>(p, tile, encoder, self, warp_max[turn], first);
+        tile = next;
     }
-
-    /// Encodes the tile in hand, which begins at this CTA's first element, and all that follow.
-    template <typename Encoder>
-    __device__ __forceinline__ void run(Tile tile, const Encoder& encoder) const {
-        const BlockShape<T> shape(p.block_shift);
-        int turn = 0;
-        for (int64_t base = blockIdx.x * kCtaElements; base < p.n; turn ^= 1) {
-            const int64_t first = base + warp * Tile::kElements;
-            base += gridDim.x * kCtaElements;
-            Tile next;
-            if (kPrefetch && base < p.n) load(next, base);
-            const float inverse = block_scales<T, kEncoderThreads>(tile, shape, warp_max[turn], p.absmax,
-                                                                   first, p.n, lane, warp);
-            if (is_full(first))
-                encode_tile<T, true>(tile, encoder, inverse, shape.lanes, p.codes, first, p.n, lane);
-            else
-                encode_tile<T, false>(tile, encoder, inverse, shape.lanes, p.codes, first, p.n, lane);
-            if (!kPrefetch && base < p.n) load(next, base);
-            tile = next;
-        }
-    }
-};
+}
 
 /// A CTA asks for its first tile, then for the map; which encoder the map takes is found out in every CTA, so
 /// that the host need not know the map. Full speed needs the input on 16 and the codes on 8 bytes.
-template <typename T, bool kPrefetch>
+template <typename T>
 __device__ __forceinline__ void quantize_blockwise(const QuantizeBlockwiseParams& p) {
     __shared__ MapTables tables;
-    __shared__ uint32_t warp_max[2][kEncoderThreads / 32];
-    const T* const input = static_cast<const T*>(p.input);
-    const QuantizeWalk<T, kPrefetch> walk{
-        p,
-        input,
-        warp_max,
-        int(threadIdx.x % 32),
-        warp_in_cta(),
-        (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0};
+    const int lane = threadIdx.x % 32, warp = warp_in_cta();
     WarpTile<T> tile;
-    walk.load(tile, blockIdx.x * walk.kCtaElements);
-    if (fill_dynamic_table(tables, p.codebook)) return walk.run(tile, DynamicEncoder{tables.entry});
+    load_tile(p, tile, blockIdx.x * kCtaElements<T>, lane, warp);
+    if (fill_dynamic_table(tables, p.codebook))
+        return quantize_tiles(p, tile, DynamicEncoder{tables.entry}, lane, warp);
     const BucketEncoder buckets = fill_bucket_table<true>(tables, p.codebook);
-    if (buckets.usable) return walk.run(tile, buckets);
-    walk.run(tile, SearchEncoder{tables.threshold, buckets.zero_code});
+    if (buckets.usable) return quantize_tiles(p, tile, buckets, lane, warp);
+    quantize_tiles(p, tile, SearchEncoder{tables.threshold, buckets.zero_code}, lane, warp);
 }
 
-#define ENTRY_POINTS(dtype)                                                                   \
-    extern "C" __global__ __launch_bounds__(kEncoderThreads, 4) void quantize_blockwise_##dtype( \
-        const __grid_constant__ QuantizeBlockwiseParams p) {                                  \
-        quantize_blockwise<dtype, true>(p);                                                         \
-    }                                                                                         \
-    extern "C" __global__ __launch_bounds__(256) void dequantize_blockwise_##dtype(           \
-        const __grid_constant__ Dequantize8bitParams p) {                                     \
-        dequantize_8bit<dtype, 2, 256>(p);                                                    \
+/// CTAs of quantize_blockwise that must fit on a multiprocessor, without a spill: two tiles in registers take
+/// 64 to 80.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kQuantize8bitCtas = 3;
+#else
+constexpr int kQuantize8bitCtas = 4;
+#endif
+
+#define ENTRY_POINTS(dtype)                                                             \
+    extern "C" __global__ __launch_bounds__(kEncoderThreads, kQuantize8bitCtas) void    \
+        quantize_blockwise_##dtype(const __grid_constant__ QuantizeBlockwiseParams p) { \
+        quantize_blockwise<dtype>(p);                                                   \
+    }                                                                                   \
+    extern "C" __global__ __launch_bounds__(256) void dequantize_blockwise_##dtype(     \
+        const __grid_constant__ Dequantize8bitParams p) {                               \
+        dequantize_8bit<dtype, 2, 256>(p);                                              \
     }
 
 ENTRY_POINTS(float32)

@@ -4,46 +4,58 @@
 #include "map_encoder.cuh"
 #include "tile.cuh"
 
-/// Writes the codes of one vector, four to a word, below n. kFull promises alignment and that all lie below
-/// n.
+/// Writes the codes of one vector, four to a word, as far as there are elements left. kFull promises
+/// alignment and that all are there.
 template <bool kFull, int kVector>
-__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t first, int64_t n,
+__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t left,
                                             const uint32_t (&word)[kVector / 4]) {
     if constexpr (kFull && kVector == 8) {
-        *reinterpret_cast<uint2*>(codes + first) = make_uint2(word[0], word[1]);
+        *reinterpret_cast<uint2*>(codes) = make_uint2(word[0], word[1]);
     } else if constexpr (kFull) {
-        *reinterpret_cast<uint32_t*>(codes + first) = word[0];
+        *reinterpret_cast<uint32_t*>(codes) = word[0];
     } else {
         #pragma unroll
         for (int j = 0; j < kVector; ++j)
-            if (first + j < n) codes[first + j] = uint8_t(word[j / 4] >> (8 * (j % 4)));
+            if (j < left) codes[j] = uint8_t(word[j / 4] >> (8 * (j % 4)));
     }
 }
 
 /// Codes of a tile whose rows are scaled by the value of lane r of each group of `lanes` lanes
 /// (block_scales).
-template <typename T, bool kFull, typename Encoder>
+template <bool kFull, typename T, typename Encoder>
 __device__ __forceinline__ void encode_tile(const WarpTile<T>& tile, const Encoder& encoder, float inverse,
-                                            int lanes, uint8_t* codes, int64_t first, int64_t n, int lane) {
+                                            const BlockLane<T>& self, uint8_t* codes, int64_t first,
+                                            int64_t n) {
     using Tile = WarpTile<T>;
-    constexpr int kVector = Tile::kVector;
+    constexpr int kVector = Tile::kVector, kWords = kVector / 4;
+    uint32_t word[Tile::kRows][kWords];
     #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-        const float scale = __shfl_sync(0xffffffffu, inverse, r, lanes);
+        const float scale = __shfl_sync(0xffffffffu, inverse, r, self.lanes);
         const uint32_t w[4] = {tile.row[r].x, tile.row[r].y, tile.row[r].z, tile.row[r].w};
         float x[kVector];
         unpack<T>(tile.row[r], x);
-        uint32_t word[kVector / 4];
         #pragma unroll
-        for (int q = 0; q < kVector / 4; ++q) {
+        for (int q = 0; q < kWords; ++q) {
             const float y[4] = {__fmul_rn(x[4 * q], scale), __fmul_rn(x[4 * q + 1], scale),
                                 __fmul_rn(x[4 * q + 2], scale), __fmul_rn(x[4 * q + 3], scale)};
             const uint32_t signs = kVector == 8 ? sign_mask(w[2 * q % 4], w[(2 * q + 1) % 4])
                                                 : sign_mask(w[0], w[1], w[2], w[3]);
-            word[q] = scale == 0.0f ? encoder.zero_word() : encoder(y, signs);
+            word[r][q] = encoder(y, signs);
         }
-        store_codes<kFull, kVector>(codes, first + r * Tile::kRowElements + lane * kVector, n, word);
     }
+    if (__any_sync(0xffffffffu, inverse == 0.0f)) {  // a NaN or an Inf has no code
+        #pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r)
+            if (__shfl_sync(0xffffffffu, inverse, r, self.lanes) == 0.0f)
+                #pragma unroll
+                for (int q = 0; q < kWords; ++q) word[r][q] = encoder.zero_word();
+    }
+    const int64_t i = first + self.lane * kVector;
+    #pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r)
+        store_codes<kFull, kVector>(codes + i + r * Tile::kRowElements, n - i - r * Tile::kRowElements,
+                                    word[r]);
 }
 
 /// Arguments of the kernels that decode 8-bit codes.

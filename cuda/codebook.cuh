@@ -12,7 +12,7 @@ constexpr float kNoThreshold = from_bits(0x7f800000u);
 
 /// One of 32 equal buckets of [-1, 1]. A bucket holds at most one threshold, so one comparison settles the
 /// code.
-struct Bucket {
+struct alignas(8) Bucket {
     float threshold;  // compared(y) > threshold picks code + 1; +Inf where the bucket holds none
     uint32_t code;    // below the threshold
 };
@@ -77,7 +77,7 @@ struct Nf4 {
 /// The values descend, so the code counts the thresholds above y: everything is mirrored.
 struct Af4 {
     static constexpr float kScale = -15.5f;
-    static constexpr uint32_t kZeroWord = 0x88888888;
+    static constexpr uint32_t kZeroWord = 0x88888888;  // eight codes of 0.0
     static constexpr uint32_t kValueBits[16] = {
         0x3f800000, 0x3f39685c, 0x3f0e1203, 0x3ed9ed55, 0x3ea22dee, 0x3e60e22a, 0x3e0472f9, 0x3d2f075f,
         0x00000000, 0xbd4a2141, 0xbe196bab, 0xbe831c55, 0xbebf54f7, 0xbf032f19, 0xbf31c4dc, 0xbf800000};
@@ -93,7 +93,7 @@ struct Af4 {
 
 struct Fp4 {
     static constexpr float kScale = 15.0f;
-    static constexpr uint32_t kZeroWord = 0x00000000;
+    static constexpr uint32_t kZeroWord = 0x00000000;  // eight codes of 0.0
     static constexpr uint32_t kValueBits[16] = {
         0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000, 0x3e2aaaab, 0x3e800000,
         0x80000000, 0xbbaaaaab, 0xbf2aaaab, 0xbf800000, 0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000};

@@ -77,10 +77,20 @@ __device__ __forceinline__ uint4 load_vector(const T* data, int64_t first, int64
     if constexpr (kFull) {
         return load_streaming(reinterpret_cast<const uint4*>(data + first));
     } else {
-        alignas(16) T v[kPerVector<T>];
+        const int left = int(::max(::min(n - first, int64_t(kPerVector<T>)), int64_t(0)));
+        uint32_t w[4];
         #pragma unroll
-        for (int i = 0; i < kPerVector<T>; ++i) v[i] = first + i < n ? data[first + i] : T(0.0f);
-        return *reinterpret_cast<const uint4*>(v);
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(T) == 4) {
+                w[i] = i < left ? reinterpret_cast<const uint32_t*>(data)[first + i] : 0;
+            } else {  // packed by PRMT at once: the compiler would keep both halves in registers of their
+                      // own, and spill
+                const uint16_t* const bits = reinterpret_cast<const uint16_t*>(data) + first;
+                w[i] = permute_bytes(2 * i < left ? bits[2 * i] : 0, 2 * i + 1 < left ? bits[2 * i + 1] : 0,
+                                     0x5410);
+            }
+        }
+        return make_uint4(w[0], w[1], w[2], w[3]);
     }
 }
 

@@ -49,8 +49,8 @@ __device__ __forceinline__ float select_value(uint32_t code) {
     }
 }
 
-/// Absmax of blocks in two steps, so that the memory latency of the first can be hidden. Elements are counted from
-/// `first_element`, in the type that the caller counts in.
+/// Absmax of blocks in two steps, so that the memory latency of the first can be hidden. Elements are counted
+/// from `first_element`, in the type that the caller counts in.
 template <bool kNested>
 class BlockScales {
  public:
@@ -59,13 +59,12 @@ class BlockScales {
     /// Nested: fills `map` [256]; the caller puts a barrier before the first `decode`.
     __device__ __forceinline__ BlockScales(const Gemm4bitSkinnyParams& p, int64_t first_element, float* map)
         : map_(map), shift_(p.block_shift) {
-        const int64_t first_block = first_element >> shift_;
-        in_block_ = int(first_element - (first_block << shift_));
-        absmax_ = static_cast<const Stored*>(p.absmax) + first_block;
+        const int64_t first_group = first_element >> shift_ >> 8;
+        in_group_ = int(first_element - (first_group << 8 << shift_));
+        absmax_ = static_cast<const Stored*>(p.absmax) + (first_group << 8);
         keep_in_register(absmax_);
         if constexpr (kNested) {
-            group_scales_ = p.absmax_scale + first_block / 256;
-            in_group_ = int(first_block % 256);
+            group_scales_ = p.absmax_scale + first_group;
             prefetch_l2(group_scales_);
             offset_ = *p.absmax_offset;
             const float* const from = p.absmax_codebook ? p.absmax_codebook : kDynamicMap.value;
@@ -78,11 +77,12 @@ class BlockScales {
         return __ldg(absmax_ + block_of(element));
     }
 
-    /// Nested: two roundings, as the unfused decoder has. The scale of 256 blocks is fetched only here: it is mostly in L1.
+    /// Nested: two roundings, as the unfused decoder has. The scale of 256 blocks is fetched only here: it is
+    /// mostly in L1, and registers are short.
     template <typename Offset>
     __device__ __forceinline__ float decode(Raw raw, Offset element) const {
         if constexpr (kNested) {
-            const float scale = __ldg(group_scales_ + ((block_of(element) + in_group_) >> 8));
+            const float scale = __ldg(group_scales_ + (block_of(element) >> 8));
             return __fadd_rn(__fmul_rn(map_[raw], scale), offset_);
         } else {
             return raw;
@@ -92,15 +92,16 @@ class BlockScales {
     /// Elements from `element` to the end of its block.
     template <typename Offset>
     __device__ __forceinline__ Offset left_in_block(Offset element) const {
-        return (Offset(1) << shift_) - ((element + in_block_) & ((Offset(1) << shift_) - 1));
+        return (Offset(1) << shift_) - ((element + in_group_) & ((Offset(1) << shift_) - 1));
     }
 
  private:
     using Stored = std::conditional_t<kNested, uint8_t, float>;
 
+    /// Counted from the first block of the group of 256 in which `first_element` lies.
     template <typename Offset>
     __device__ __forceinline__ Offset block_of(Offset element) const {
-        return (element + in_block_) >> shift_;
+        return (element + in_group_) >> shift_;
     }
 
     const Stored* absmax_;
@@ -108,8 +109,7 @@ class BlockScales {
     const float* map_;
     float offset_ = 0.0f;
     int shift_;
-    int in_block_;
-    int in_group_ = 0;
+    int in_group_;  // elements before `first_element`
 };
 
 /// bias[row] as float32, 0 without a bias.

@@ -70,8 +70,7 @@ __device__ __forceinline__ void load_input(const T* token, int64_t column, int64
 template <typename T, bool kNested, int kTokens, bool kAligned>
 __device__ __forceinline__ void gemm_4bit_skinny_simt(const Gemm4bitSkinnyParams& p) {
     using namespace skinny_simt;
-    __shared__ float
-        values[16 * 32];  // [code][lane]: 32 lanes look up different codes without a bank conflict
+    __shared__ float values[16 * 32];  // [code][lane]: 32 lanes look up different codes without a conflict
     __shared__ float map[256];
     __shared__ float sums[kThreads / 32][kRows * kTokens];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -128,7 +127,9 @@ __device__ __forceinline__ void gemm_4bit_skinny_simt(const Gemm4bitSkinnyParams
                 #pragma unroll
                 for (int i = 0; i < kColumns; ++i) {
                     const float v = value(codes[r], i);
-                    const float weight = kAligned ? v : v * (i < num_first ? scale : last_scale);
+                    float weight = v;
+                    if constexpr (!kAligned)
+                        weight = i > last_column - column ? 0.0f : v * (i < num_first ? scale : last_scale);
                     #pragma unroll
                     for (int j = 0; j < kTokens; ++j) product[j] = fmaf(weight, x[j][i], product[j]);
                 }

@@ -16,16 +16,23 @@ constexpr uint32_t kUnitLimit = 0x3f800004u;
 /// Look-up table of the magnitudes of the signed dynamic map: the code of a >= 0 is the top byte of `bits(a)
 /// + entry`.
 ///
-/// A bucket is the exponent and the first six mantissa bits of a. Midpoints are further apart than that, so a
-/// bucket that begins in code c holds at most one threshold t, and its entry is (c << 24) + 2^24 - 1 -
-/// bits(t): adding bits(a) carries into the top byte exactly when a > t. Codes 127 - c and 127 + c have
+/// A bucket holds at most one threshold t, and the entry of one that begins in code c is (c << 24) + 2^24 - 1
+/// - bits(t): adding bits(a) carries into the top byte exactly when a > t. Codes 127 - c and 127 + c have
 /// mirrored midpoints and, as ties go to even codes, mirrored ties, so the magnitudes 0..128 serve both
 /// signs; only 128 (the value 1) has no negative.
+///
+/// Buckets are the leading bits of `coordinate(a)`: 64 to an octave up to 0.127, and 64 equal ones from there
+/// to 1, where the thresholds lie 0.0140625 apart. So 32 elements of a normal tensor fall on fewer words than
+/// with octaves all the way: 2.7 wavefronts for a read instead of 3.2 (computed), and it is wavefronts that
+/// bound the encoder.
 struct DynamicTable {
     static constexpr int kShift = 17;
+    static constexpr float kSlope = 0.140625f,
+                           kShare = 0.109130859375f;    // few bits: no rounding before the last
     static constexpr uint32_t kFirstBits = 0x34800000;  // below the smallest threshold
-    static constexpr int kNum = int((0x3f800000u - kFirstBits) >> kShift) + 1;  // the last bucket begins at 1
-    static constexpr int kPadded = (kNum + 3) / 4 * 4;                          // whole sixteen-byte vectors
+    static constexpr int kNum =
+        int((0x3e800000u - kFirstBits) >> kShift);      // buckets: the coordinate of 1 is below 0.25
+    static constexpr int kPadded = (kNum + 3) / 4 * 4;  // whole sixteen-byte vectors
 
     alignas(16) uint32_t entry[kPadded];
 };
@@ -36,31 +43,43 @@ constexpr uint32_t dynamic_threshold(int c) {
     const float sum = from_bits(DynamicMap::kValueBits[code]) + from_bits(DynamicMap::kValueBits[code + 1]);
     return std::bit_cast<uint32_t>(sum * 0.5f) - uint32_t(code % 2);
 }
+/// Bucket of the float with these bits, as the encoder computes it: the sum is exact in double.
+constexpr int dynamic_bucket(uint32_t bits) {
+    const float a = from_bits(bits), linear = float(double(a) * DynamicTable::kSlope + DynamicTable::kShare);
+    const uint32_t coordinate = std::bit_cast<uint32_t>(a < linear ? a : linear);
+    return int(coordinate >> DynamicTable::kShift) - int(DynamicTable::kFirstBits >> DynamicTable::kShift);
+}
+constexpr int kDynamicThresholds = 128;
 constexpr DynamicTable dynamic_table() {
-    constexpr int kNumThresholds = 128;
     DynamicTable t{};
     int c = 0;  // thresholds below the bucket
+    uint32_t low = DynamicTable::kFirstBits;
     for (int e = 0; e < DynamicTable::kNum; ++e) {
-        const uint32_t low = DynamicTable::kFirstBits + (uint32_t(e) << DynamicTable::kShift);
-        const uint32_t high = low + (1u << DynamicTable::kShift);
-        const uint32_t next = c < kNumThresholds ? dynamic_threshold(c) : ~0u;
-        const bool inside = next < high;
-        t.entry[e] = (uint32_t(c) << 24) + (inside ? 0x00ffffffu - next : 0u - low);
+        const bool inside = c < kDynamicThresholds && dynamic_bucket(dynamic_threshold(c)) == e;
+        t.entry[e] = (uint32_t(c) << 24) + (inside ? 0x00ffffffu - dynamic_threshold(c) : 0u - low);
         c += inside;
+        // a float in or just below the next bucket: no bucket is wider than an octave
+        const uint32_t step = 1u << DynamicTable::kShift;
+        while (dynamic_bucket(low + step / 8) <= e) low += step / 8;
     }
     return t;
 }
+static_assert((dynamic_table().entry[DynamicTable::kNum - 1] + std::bit_cast<uint32_t>(1.0f)) >> 24 ==
+                  kDynamicThresholds,
+              "each bucket must hold at most one threshold");
 __device__ const DynamicTable kDynamicTable = dynamic_table();
 
-/// Codes of the signed dynamic map. One copy of the table for all lanes: a read takes about 3.4 wavefronts,
-/// which the load-store unit has to spare; 16 or 32 copies side by side were slower.
+/// Codes of the signed dynamic map. One copy of the table for all lanes: 16 or 32 copies side by side were
+/// slower.
 struct DynamicEncoder {
     const uint32_t* table;  // [DynamicTable::kPadded] shared memory
 
     __device__ __forceinline__ uint32_t magnitude(float y) const {
         constexpr uint32_t kFirst = DynamicTable::kFirstBits;
-        const uint32_t bits = __float_as_uint(fmaxf(fabsf(y), __uint_as_float(kFirst)));
-        return bits + table[int(bits >> DynamicTable::kShift) - int(kFirst >> DynamicTable::kShift)];
+        const float a = fmaxf(fabsf(y), __uint_as_float(kFirst));
+        const float coordinate = fminf(a, __fmaf_rn(a, DynamicTable::kSlope, DynamicTable::kShare));
+        const uint32_t bucket = __float_as_uint(coordinate) >> DynamicTable::kShift;
+        return __float_as_uint(a) + table[int(bucket) - int(kFirst >> DynamicTable::kShift)];
     }
 
     /// Codes of four elements; `signs` holds 0xff for each that is negative. -0 may count as either.
@@ -93,16 +112,20 @@ __device__ __forceinline__ float map_threshold(const float* map, int k) {
     return tie_goes_up ? float_below(mid) : mid;
 }
 
-/// Any ascending map, in eight steps.
+/// Any ascending map, in eight steps. Threshold k stands at position k + k / 32, so that what the lanes may
+/// read in one of the first six steps lies in different banks.
 struct SearchEncoder {
-    const float* threshold;  // [255] shared memory
+    static __device__ constexpr int position(int k) { return k + k / 32; }
+
+    const float* threshold;  // [position(255)] shared memory
     int zero_code;
 
     __device__ __forceinline__ uint32_t code(float y) const {
-        int c = 0;
+        int at = 0;  // position of the code
         #pragma unroll
-        for (int step = 128; step > 0; step /= 2) c += y > threshold[c + step - 1] ? step : 0;
-        return uint32_t(c);
+        for (int step = 128; step > 0; step /= 2)
+            at += y > threshold[at + position(step - 1)] ? position(step) : 0;
+        return uint32_t(at - at / position(32));
     }
     __device__ __forceinline__ uint32_t operator()(const float (&y)[4], uint32_t) const {
         return gather_bytes<0>(code(y[0]), code(y[1]), code(y[2]), code(y[3]));
@@ -142,31 +165,39 @@ struct BucketEncoder {
     __device__ __forceinline__ uint32_t zero_word() const { return uint32_t(zero_code) * 0x01010101u; }
 };
 
+/// Threads of a CTA that encodes: the tables are built with one thread for each map entry.
+constexpr int kEncoderThreads = 256;
+
 /// Shared memory of the encoders.
 struct MapTables {
     static constexpr int kCapacity = 4096;  // buckets: 32 octaves of 64 on both sides of 0, or of 128 on one
 
     alignas(16) uint32_t entry[kCapacity];
-    float threshold[255];
-    uint32_t key[255];  // largest bits(|y|) that does not cross the threshold
-    uint32_t warp_max[3][8];
+    float threshold[SearchEncoder::position(255)];
+    uint32_t key[255];                            // largest bits(|y|) that does not cross the threshold
+    uint32_t reduction[4][kEncoderThreads / 32];  // each used once
 };
 
-/// Threads of a CTA that encodes: the tables are built with one thread for each map entry.
-constexpr int kEncoderThreads = 256;
-
 /// Fills the table of DynamicEncoder and tells if it is right for `map` [256]. It is filled before that is
-/// known, so that both requests are in flight at once. All threads of the CTA must call.
+/// known, so that all requests are in flight at once. All threads of the CTA must call.
 __device__ __forceinline__ bool fill_dynamic_table(MapTables& tables, const float* map) {
-    const uint4* const source = reinterpret_cast<const uint4*>(kDynamicTable.entry);
+    constexpr int kVectors = DynamicTable::kPadded / 4,
+                  kPerThread = (kVectors + kEncoderThreads - 1) / kEncoderThreads;
     const int i = threadIdx.x;
-    const bool equal = __float_as_uint(__ldg(map + i)) == __float_as_uint(kDynamicMap.value[i]);
-    for (int e = i; e < DynamicTable::kPadded / 4; e += kEncoderThreads)
-        reinterpret_cast<uint4*>(tables.entry)[e] = __ldg(source + e);
-    return __syncthreads_and(equal);
+    uint4 entries[kPerThread];
+    #pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+        entries[j] = __ldg(reinterpret_cast<const uint4*>(kDynamicTable.entry) +
+                           ::min(i + j * kEncoderThreads, kVectors - 1));
+    const bool equal = __float_as_uint(__ldg(map + i)) == __float_as_uint(__ldg(kDynamicMap.value + i));
+    #pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+        if (i + j * kEncoderThreads < kVectors)
+            reinterpret_cast<uint4*>(tables.entry)[i + j * kEncoderThreads] = entries[j];
+    return uniform(__syncthreads_and(equal));
 }
 
-/// The thresholds on one side of the split, in the order of magnitudes, and where their buckets begin.
+/// The thresholds on one side of the split, in the order of magnitudes, and their buckets.
 struct SideKeys {
     const uint32_t* key;  // [num] `stride` apart
     int stride;           // 1 or -1
@@ -184,17 +215,47 @@ struct SideKeys {
         low = (num ? ::min((*this)[0], limit) : limit) >> shift;
         num_buckets = (limit >> shift) - low + 1;
     }
-    /// A run of buckets begins with the one that holds a threshold; a warp fills one run.
-    __device__ __forceinline__ void fill(uint32_t* entry, int shift) const {
-        for (int run = threadIdx.x / 32; run < ::max(num, 1); run += kEncoderThreads / 32) {
-            const uint32_t code = uint32_t(255 - total + run), here = num ? (*this)[run] : 0;
-            const uint32_t begin = num ? (here >> shift) - low : 0;
-            const uint32_t end =
-                run + 1 < num ? ::min(((*this)[run + 1] >> shift) - low, num_buckets) : num_buckets;
-            for (uint32_t b = begin + threadIdx.x % 32; b < end; b += 32)
-                entry[b] = num && b == begin ? (code << 24) + 0x00ffffffu - here
-                                             : ((code + (num ? 1 : 0)) << 24) - ((low + b) << shift);
+    /// Each of `num_threads` threads fills a run of buckets, of odd length so that their stores fall on
+    /// different banks.
+    __device__ __forceinline__ void fill(uint32_t* entry, int shift, int thread, int num_threads) const {
+        const int run = (int(num_buckets) + num_threads - 1) / num_threads | 1;
+        const int begin = thread * run, end = ::min(begin + run, int(num_buckets));
+        int i = 0;  // thresholds below the bucket
+        #pragma unroll
+        for (int step = 128; step > 0; step /= 2)
+            if (i + step <= num && ((*this)[i + step - 1] >> shift) < low + begin) i += step;
+        constexpr uint32_t kNone = ~0u;
+        uint32_t next = i < num ? (*this)[i] : kNone;
+        for (int b = begin; b < end; ++b) {
+            const bool inside = next >> shift == low + b;
+            const uint32_t code = uint32_t(255 - total + i) << 24;
+            entry[b] = code + (inside ? 0x00ffffffu - next : 0u - ((low + b) << shift));
+            if (inside) next = ++i < num ? (*this)[i] : kNone;
         }
+    }
+};
+
+/// How many thresholds of a map lie where, in nine bits each, so that a CTA adds all of them up at once.
+struct ThresholdCounts {
+    uint32_t word[2];
+
+    __device__ __forceinline__ ThresholdCounts(float t, uint32_t key, uint32_t limit)
+        : word{packed(t < 0.0f, t == 0.0f, t > 0.0f),
+               packed(t == float_below(0.0f), t < 0.0f && key < limit, t > 0.0f && key < limit)} {}
+    __device__ __forceinline__ int negative() const { return field(word[0], 0); }
+    __device__ __forceinline__ int zero() const { return field(word[0], 1); }
+    __device__ __forceinline__ int positive() const { return field(word[0], 2); }
+    __device__ __forceinline__ int below_zero() const { return field(word[1], 0); }
+    __device__ __forceinline__ int used_negative() const { return field(word[1], 1); }
+    __device__ __forceinline__ int used_positive() const { return field(word[1], 2); }
+
+ private:
+    static constexpr int kBits = 9;
+    static __device__ __forceinline__ uint32_t packed(bool a, bool b, bool c) {
+        return uint32_t(a) | uint32_t(b) << kBits | uint32_t(c) << (2 * kBits);
+    }
+    static __device__ __forceinline__ int field(uint32_t word, int i) {
+        return int(word >> (i * kBits) & ((1u << kBits) - 1));
     }
 };
 
@@ -205,46 +266,51 @@ template <bool kUnit>
 __device__ __forceinline__ BucketEncoder fill_bucket_table(MapTables& tables, const float* map) {
     const int k = threadIdx.x;
     const bool exists = k < 255;
-    const float t = exists ? map_threshold(map, k) : 0.0f;
-    const uint32_t magnitude = __float_as_uint(fabsf(t)), key = t < 0.0f ? magnitude - 1 : magnitude;
+    const float t = exists ? map_threshold(map, k) : __uint_as_float(kNanBits);
+    const uint32_t magnitude = exists ? __float_as_uint(fabsf(t)) : 0,
+                   key = t < 0.0f ? magnitude - 1 : magnitude;
     if (exists) {
-        tables.threshold[k] = t;
+        tables.threshold[SearchEncoder::position(k)] = t;
         tables.key[k] = key;
     }
     const uint32_t limit =
         kUnit ? kUnitLimit
-              : ::min(max_over_cta<kEncoderThreads>(magnitude, tables.warp_max[0]) + 1, kInfinityBits);
+              : ::min(max_over_cta<kEncoderThreads>(magnitude, tables.reduction[0]) + 1, kInfinityBits);
 
     // A tie at 0 that goes up leaves its threshold just below 0, where no bucket can part it from 0: it
     // becomes the split.
-    const float below_zero = float_below(0.0f);
-    const int zero_code = __syncthreads_count(t < 0.0f);
-    const bool has_zero = __syncthreads_count(exists && t == 0.0f) > 0;
-    const float split = !has_zero && __syncthreads_count(t == below_zero) > 0 ? below_zero : 0.0f;
-    const int num_above = __syncthreads_count(t > 0.0f), num_below = __syncthreads_count(t < split);
-    SideKeys above{tables.key + 255 - num_above, 1, __syncthreads_count(t > 0.0f && key < limit), num_above};
-    SideKeys below{tables.key + num_below - 1, -1, __syncthreads_count(t < split && key < limit), num_below};
+    ThresholdCounts count(t, key, limit);
+    sum_over_cta<kEncoderThreads>(count.word, tables.reduction[1]);
+    const int num_split = count.zero() ? 0 : count.below_zero(), num_below = count.negative() - num_split;
+    SideKeys above{tables.key + 255 - count.positive(), 1, count.used_positive(), count.positive()};
+    SideKeys below{tables.key + num_below - 1, -1, count.used_negative() - num_split, num_below};
 
     // Buckets are as wide as the closest pair of thresholds allows: they leave free the highest bit in which
     // the two differ, and what is below it.
-    constexpr int kWidest = 23;
+    constexpr int kWidest = 23, kWarps = kEncoderThreads / 32;
     const uint32_t common =
-        max_over_cta<kEncoderThreads>(::max(above.common_bits(k), below.common_bits(k)), tables.warp_max[1]);
+        max_over_cta<kEncoderThreads>(::max(above.common_bits(k), below.common_bits(k)), tables.reduction[3]);
     const int shift = ::max(::min(31 - int(common), kWidest), 0);
     above.set_width(shift, limit);
     below.set_width(shift, limit);
-    const bool usable = common < 32 && above.num_buckets + below.num_buckets <= MapTables::kCapacity;
-    if (usable) {
-        above.fill(tables.entry, shift);
-        below.fill(tables.entry + above.num_buckets, shift);
+    const uint32_t num_buckets = above.num_buckets + below.num_buckets;
+    const bool usable = uniform(common < 32 && num_buckets <= MapTables::kCapacity);
+    if (usable) {  // each warp works for one side, about as many of them as the side has buckets
+        const int warps_above = ::min(::max(int(above.num_buckets * kWarps / num_buckets), 1), kWarps - 1);
+        const int split_thread = warps_above * 32;
+        if (k < split_thread)
+            above.fill(tables.entry, shift, k, split_thread);
+        else
+            below.fill(tables.entry + above.num_buckets, shift, k - split_thread,
+                       kEncoderThreads - split_thread);
     }
     __syncthreads();
     return {tables.entry,
             shift,
             {above.low << shift, -int(above.low)},
             {below.low << shift, int(above.num_buckets) - int(below.low)},
-            split,
-            zero_code,
+            num_split ? float_below(0.0f) : 0.0f,
+            count.negative(),
             limit,
             usable};
 }

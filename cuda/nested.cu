@@ -5,9 +5,9 @@
 // 4-byte aligned.
 //
 //   entry point             threads  elements/CTA  static shared  grid
-//   quantize_absmax_sums        256          8192        32.1 KB  min(ceil_div(n, 8192), 2^31 - 1)
-//   quantize_absmax_offset     1024             n        16.1 KB  1
-//   quantize_absmax             256          4096         5.6 KB  min(ceil_div(n, 4096), 2^31 - 1)
+//   quantize_absmax_sums        256          8192        32.9 KB  min(ceil_div(n, 8192), 2^31 - 1)
+//   quantize_absmax_offset     1024             n        16.6 KB  1
+//   quantize_absmax             256          4096         5.1 KB  min(ceil_div(n, 4096), 2^31 - 1)
 #include "blockwise_8bit.cuh"
 
 constexpr int kRun = 256;  // entries of one block, and of one run of the mean
@@ -141,7 +141,7 @@ extern "C" __global__ __launch_bounds__(kEncoderThreads) void quantize_absmax(
         table.entry[e] = __ldg(kDynamicTable.entry + e);
     __syncthreads();
     const float offset = __ldg(p.offset);
-    const BlockShape<float> shape(kBlockShift);
+    const BlockLane<float> self(kBlockShift, lane, warp);
     for (int64_t first = blockIdx.x * kCtaElements + warp * Tile::kElements; first < p.n;
          first += gridDim.x * kCtaElements) {
         Tile tile;
@@ -155,9 +155,7 @@ extern "C" __global__ __launch_bounds__(kEncoderThreads) void quantize_absmax(
                 if (first + r * Tile::kRowElements + lane * 4 + i < p.n) x[i] = __fsub_rn(x[i], offset);
             tile.row[r] = pack<float>(x);
         }
-        const float inverse =
-            block_scales<float, kEncoderThreads>(tile, shape, nullptr, p.scale, first, p.n, lane, warp);
-        encode_tile<float, false>(tile, DynamicEncoder{table.entry}, inverse, shape.lanes, p.codes, first,
-                                  p.n, lane);
+        const float inverse = block_scales<false, kEncoderThreads>(tile, self, nullptr, p.scale, first, p.n);
+        encode_tile<false>(tile, DynamicEncoder{table.entry}, inverse, self, p.codes, first, p.n);
     }
 }

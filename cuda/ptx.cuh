@@ -61,11 +61,9 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
-/// Makes the compiler forget how v was computed, so that it keeps the register instead of computing v again at every use.
+/// Makes the compiler forget how v was computed, so that it keeps the register instead of computing v again at
+/// every use.
 __device__ __forceinline__ void keep_in_register(uint32_t& v) {
-    asm volatile("" : "+r"(v));
-}
-__device__ __forceinline__ void keep_in_register(int& v) {
     asm volatile("" : "+r"(v));
 }
 template <typename T>
@@ -77,8 +75,8 @@ __device__ __forceinline__ void keep_in_register(T*& v) {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
-/// A word of shared memory by its address: through a pointer the compiler adds the base of shared memory at every load. Not
-/// volatile, so the address must come from behind the barrier that publishes the word.
+/// A word of shared memory by its address: through a pointer the compiler adds the base of shared memory at
+/// every load. Not volatile, so the address must come from behind the barrier that publishes the word.
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     uint32_t v;
     asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));

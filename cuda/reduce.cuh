@@ -4,24 +4,38 @@
 #include "dtype.cuh"
 
 /// A magnitude of T as an unsigned integer orders as the value does, +Inf below every NaN. Sixteen-bit types
-/// keep two running maxima in one register (VIMNMX.U16x2).
+/// keep two running maxima in one register.
 template <typename T>
-struct Magnitude {
+struct Magnitude;
+template <>
+struct Magnitude<bfloat16> {
     static __device__ __forceinline__ uint32_t of(const uint4& v) {
         const uint32_t a = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu);
         return __vmaxu2(a, __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
     }
     static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-    static __device__ __forceinline__ uint32_t to_float_bits(uint32_t m);
+    static __device__ __forceinline__ uint32_t to_float_bits(uint32_t m) {
+        return ::max(m << 16, m & 0xffff0000u);
+    }
 };
 template <>
-__device__ __forceinline__ uint32_t Magnitude<bfloat16>::to_float_bits(uint32_t m) {
-    return ::max(m << 16, m & 0xffff0000u);
-}
-template <>
-__device__ __forceinline__ uint32_t Magnitude<float16>::to_float_bits(uint32_t m) {
-    return __float_as_uint(__half2float(__ushort_as_half(uint16_t(::max(m & 0xffffu, m >> 16)))));
-}
+struct Magnitude<float16> {
+    /// HMNMX2 takes the magnitude of a float16 operand for nothing; of a bfloat16 it does not.
+    static __device__ __forceinline__ uint32_t of(const uint4& v) {
+        const __half2 m = __hmax2_nan(__hmax2_nan(magnitudes(v.x), magnitudes(v.y)),
+                                      __hmax2_nan(magnitudes(v.z), magnitudes(v.w)));
+        return *reinterpret_cast<const uint32_t*>(&m);
+    }
+    static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+    static __device__ __forceinline__ uint32_t to_float_bits(uint32_t m) {
+        return __float_as_uint(__half2float(__ushort_as_half(uint16_t(::max(m & 0xffffu, m >> 16)))));
+    }
+
+ private:
+    static __device__ __forceinline__ __half2 magnitudes(const uint32_t& w) {
+        return __habs2(*reinterpret_cast<const __half2*>(&w));
+    }
+};
 template <>
 struct Magnitude<float> {
     static __device__ __forceinline__ uint32_t of(const uint4& v) {
@@ -31,6 +45,13 @@ struct Magnitude<float> {
     static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ::max(a, b); }
     static __device__ __forceinline__ uint32_t to_float_bits(uint32_t m) { return m; }
 };
+
+/// x, which is the same in all lanes, as the compiler then knows: no shuffle behind a branch on it needs a
+/// vote.
+template <typename T>
+__device__ __forceinline__ T uniform(T x) {
+    return T(__shfl_sync(0xffffffffu, int(x), 0));
+}
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kNanBits = 0x7fc00000u;
@@ -60,9 +81,24 @@ __device__ __forceinline__ Scale scale_of(uint32_t absmax_bits) {
 
 /// Largest of the magnitudes of a warp; every lane gets it.
 __device__ __forceinline__ uint32_t max_over_warp(uint32_t bits) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, bits);
+#else
     #pragma unroll
     for (int d = 1; d < 32; d *= 2) bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, d));
     return bits;
+#endif
+}
+
+/// The same for the sum.
+__device__ __forceinline__ uint32_t sum_over_warp(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(0xffffffffu, value);
+#else
+    #pragma unroll
+    for (int d = 1; d < 32; d *= 2) value += __shfl_xor_sync(0xffffffffu, value, d);
+    return value;
+#endif
 }
 
 /// Largest of the magnitudes of a CTA; every thread gets it. `shared` [kThreads / 32] is unused before.
@@ -74,4 +110,20 @@ __device__ __forceinline__ uint32_t max_over_cta(uint32_t bits, uint32_t* shared
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = bits;
     __syncthreads();
     return max_over_warp(shared[threadIdx.x % kWarps]);
+}
+
+/// Sums of two values over a CTA, in place. `shared` [2 * kThreads / 32] is unused before.
+template <int kThreads>
+__device__ __forceinline__ void sum_over_cta(uint32_t (&value)[2], uint32_t* shared) {
+    constexpr int kWarps = kThreads / 32;
+    static_assert(kWarps <= 32, "one lane for each warp");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t sum = sum_over_warp(value[i]);
+        if (lane == 0) shared[i * kWarps + warp] = sum;
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) value[i] = sum_over_warp(lane < kWarps ? shared[i * kWarps + lane] : 0);
 }

@@ -4,13 +4,13 @@
 // Launch: any alignment, any n > 0; no dynamic shared memory. `grid` below is at most 2^31 - 1; num_sms is
 // the device's.
 //
-//   entry point                      threads  elements/CTA  static shared  grid
-//   quantize_absmax_of_{16 bit}          256          8192           32 B  min(ceil_div(n, 8192), 1024)
-//   quantize_absmax_of_float32           256          4096           32 B  min(ceil_div(n, 4096), 1024)
-//   quantize_{float16,bfloat16}          256          8192        18.6 KB  min(ceil_div(n, 8192), 4 *
-//   num_sms) quantize_float32                     256          4096        18.6 KB  min(ceil_div(n, 4096), 4
-//   * num_sms) dequantize_{float16,bfloat16}        256          4096           1 KB  ceil_div(n, 4096)
-//   dequantize_float32                   256          2048           1 KB  ceil_div(n, 2048)
+//   entry point                    threads  elements/CTA  static shared  grid
+//   quantize_absmax_of_{16 bit}        256          8192           32 B  min(ceil_div(n, 8192), 1024)
+//   quantize_absmax_of_float32         256          4096           32 B  min(ceil_div(n, 4096), 1024)
+//   quantize_{float16,bfloat16}        256          8192        18.6 KB  min(ceil_div(n, 8192), 4 * num_sms)
+//   quantize_float32                   256          4096        18.6 KB  min(ceil_div(n, 4096), 4 * num_sms)
+//   dequantize_{float16,bfloat16}      256          4096           1 KB  ceil_div(n, 4096)
+//   dequantize_float32                 256          2048           1 KB  ceil_div(n, 2048)
 //
 // op quantize: quantize_absmax_of_T, then quantize_T with the same parameters; num_partials is the grid of
 // the first. op quantize_no_absmax: quantize_T alone, with absmax, partial_absmax null. op dequantize:
@@ -66,17 +66,35 @@ __device__ __forceinline__ void partial_absmax(const QuantizeParams& p) {
     if (threadIdx.x == 0) p.partial_absmax[blockIdx.x] = m;
 }
 
-/// y = x / divisor, brought within the limits of the map's tables: outside them codes saturate. NaN becomes
-/// 0.
-__device__ __forceinline__ float scaled(float x, float divisor, float limit) {
-    const float y = __fdiv_rn(x, divisor);
-    return y == y ? fminf(fmaxf(y, -limit), limit) : 0.0f;
-}
+/// Correctly rounded quotients by one divisor. Two corrections by an exact remainder do it as long as nothing
+/// underflows; elsewhere, and for a NaN as the divisor, the division of the language does.
+struct Divider {
+    static constexpr float kSmallest = 0x1p-60f, kLargest = 0x1p60f;
+    float divisor, reciprocal;
 
-/// Encodes every tile of this warp by a division, not by a reciprocal; `usable` false stands for zero codes.
-template <typename T, typename Encoder>
-__device__ __forceinline__ void encode(const QuantizeParams& p, const Encoder& encoder, float divisor,
-                                       float limit, bool usable) {
+    template <int kNum>
+    __device__ __forceinline__ void operator()(float (&x)[kNum]) const {
+        bool is_safe = divisor >= kSmallest && divisor <= kLargest;
+        #pragma unroll
+        for (int i = 0; i < kNum; ++i) is_safe &= fabsf(x[i]) >= kSmallest || x[i] == 0.0f;
+        #pragma unroll
+        for (int i = 0; i < kNum; ++i) {
+            if (is_safe) {
+                const float q = __fmul_rn(x[i], reciprocal);
+                const float r = __fmaf_rn(__fmaf_rn(-q, divisor, x[i]), reciprocal, q);
+                x[i] = __fmaf_rn(__fmaf_rn(-r, divisor, x[i]), reciprocal, r);
+            } else {
+                x[i] = __fdiv_rn(x[i], divisor);
+            }
+        }
+    }
+};
+
+/// Encodes every tile of this warp; `scale` makes y of the elements of a vector. NaN takes the code of 0, and
+/// what lies outside the map's tables saturates.
+template <typename T, typename Encoder, typename Scale>
+__device__ __forceinline__ void encode_tiles(const QuantizeParams& p, const Encoder& encoder, float limit,
+                                             const Scale& scale) {
     using Tile = WarpTile<T>;
     constexpr int kVector = Tile::kVector;
     for_each_tile<T>(p, [&](const Tile& tile, int64_t first, bool full) {
@@ -84,43 +102,55 @@ __device__ __forceinline__ void encode(const QuantizeParams& p, const Encoder& e
         for (int r = 0; r < Tile::kRows; ++r) {
             float x[kVector];
             unpack<T>(tile.row[r], x);
+            scale(x);
             uint32_t word[kVector / 4];
             #pragma unroll
             for (int q = 0; q < kVector / 4; ++q) {
-                const float y[4] = {scaled(x[4 * q], divisor, limit), scaled(x[4 * q + 1], divisor, limit),
-                                    scaled(x[4 * q + 2], divisor, limit),
-                                    scaled(x[4 * q + 3], divisor, limit)};
-                word[q] = usable ? encoder(y, 0) : encoder.zero_word();
+                float y[4];
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float v = x[4 * q + i];
+                    y[i] = v == v ? fminf(fmaxf(v, -limit), limit) : 0.0f;
+                }
+                word[q] = encoder(y, 0);
             }
             const int64_t i = first + r * Tile::kRowElements + int(threadIdx.x % 32) * kVector;
             if (full)
-                store_codes<true, kVector>(p.codes, i, p.n, word);
+                store_codes<true, kVector>(p.codes + i, p.n - i, word);
             else
-                store_codes<false, kVector>(p.codes, i, p.n, word);
+                store_codes<false, kVector>(p.codes + i, p.n - i, word);
         }
     });
+}
+
+template <typename T, typename Encoder>
+__device__ __forceinline__ void encode(const QuantizeParams& p, const Encoder& encoder, float limit,
+                                       const Divider& divider) {
+    if (p.absmax)
+        encode_tiles<T>(p, encoder, limit, divider);
+    else
+        encode_tiles<T>(p, encoder, limit, [](float (&)[kPerVector<T>]) {});
 }
 
 template <typename T>
 __device__ __forceinline__ void quantize(const QuantizeParams& p) {
     __shared__ MapTables tables;
+    __shared__ uint32_t warp_max[kWarps];
     const BucketEncoder buckets = fill_bucket_table<false>(tables, p.codebook);
-    float divisor = 1.0f;
-    bool usable = true;
+    Divider divider{1.0f, 1.0f};
     if (p.absmax) {
         uint32_t bits = 0;
         for (int i = threadIdx.x; i < p.num_partials; i += kEncoderThreads)
             bits = ::max(bits, p.partial_absmax[i]);
-        const Scale scale = scale_of<1>(max_over_cta<kEncoderThreads>(bits, tables.warp_max[2]));
+        const Scale scale = scale_of<1>(max_over_cta<kEncoderThreads>(bits, warp_max));
         if (blockIdx.x == 0 && threadIdx.x == 0) *p.absmax = scale.absmax;
-        usable = scale.inverse != 0.0f;
-        divisor = usable ? scale.absmax : 1.0f;
+        divider = {scale.inverse != 0.0f ? scale.absmax : __uint_as_float(kNanBits), scale.inverse};
     }
     const float limit = __uint_as_float(buckets.limit);
     if (buckets.usable)
-        encode<T>(p, buckets, divisor, limit, usable);
+        encode<T>(p, buckets, limit, divider);
     else
-        encode<T>(p, SearchEncoder{tables.threshold, buckets.zero_code}, divisor, limit, usable);
+        encode<T>(p, SearchEncoder{tables.threshold, buckets.zero_code}, limit, divider);
 }
 
 #define ENTRY_POINTS(dtype)                                                                   \
@@ -128,8 +158,8 @@ __device__ __forceinline__ void quantize(const QuantizeParams& p) {
         const __grid_constant__ QuantizeParams p) {                                           \
         partial_absmax<dtype>(p);                                                             \
     }                                                                                         \
-    extern "C" __global__ __launch_bounds__(kEncoderThreads, 4) void quantize_##dtype(           \
-        const __grid_constant__ QuantizeParams p) {                                           \
+    extern "C" __global__ __launch_bounds__(                                                  \
+        kEncoderThreads, 4) void quantize_##dtype(const __grid_constant__ QuantizeParams p) { \
         quantize<dtype>(p);                                                                   \
     }                                                                                         \
     extern "C" __global__ __launch_bounds__(256) void dequantize_##dtype(                     \

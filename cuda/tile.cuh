@@ -26,48 +26,60 @@ struct WarpTile {
 /// Index of this warp in its CTA, known to the compiler to be the same in all lanes.
 __device__ __forceinline__ int warp_in_cta() { return __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0); }
 
-/// How blocks of one size lie in warp tiles: the same for all threads of a grid, so that branches on it are
-/// uniform.
+/// How blocks of one size lie in warp tiles, and what one lane has to do with them; the same for every tile
+/// of a walk.
 template <typename T>
-struct BlockShape {
+struct BlockLane {
     int shift;  // log2 of the block size
-    int lanes;  // of one row that share a block, at least 4
+    int lanes;  // of one row that share a block: 4 to 32
     int rows;   // of one tile that share a block: 1, 2 or 4
     int warps;  // of one CTA that share a block: a power of two
+    int lane, warp;
+    int start;      // first element, from the tile's first, of the block of row `lane % lanes`
+    bool is_first;  // of the lanes that know that block
 
-    __device__ __forceinline__ explicit BlockShape(int block_shift)
+    __device__ __forceinline__ BlockLane(int block_shift, int lane, int warp)
         : shift(block_shift),
-          lanes(::min((1 << block_shift) / kPerVector<T>, 32)),
-          rows(::min(::max((1 << block_shift) / WarpTile<T>::kRowElements, 1), WarpTile<T>::kRows)),
-          warps(::max((1 << block_shift) / WarpTile<T>::kElements, 1)) {}
+          lanes(::min(1 << (block_shift - kVectorShift), 32)),
+          rows(::min(1 << ::max(block_shift - kRowShift, 0), WarpTile<T>::kRows)),
+          warps(1 << ::max(block_shift - kTileShift, 0)),
+          lane(lane),
+          warp(warp) {
+        const int row = lane & (lanes - 1);
+        start = row * WarpTile<T>::kRowElements + (lane - row) * WarpTile<T>::kVector;
+        is_first = row < 4 && ((row & (rows - 1)) | (warp & (warps - 1))) == 0;
+    }
+
+ private:
+    static constexpr int kVectorShift = sizeof(T) == 2 ? 3 : 2, kRowShift = kVectorShift + 5,
+                         kTileShift = kRowShift + 2;
 };
 
-/// Stores the absmax of every block of a tile. Returns the reciprocal for the block of row `lane % 4` in this
-/// lane's group of shape.lanes lanes, so that a tile pays for one division: row r is scaled by the value of
-/// lane r of its group.
+/// Stores the absmax of every block of a tile. Returns the reciprocal (0 for a block that is zero or holds a
+/// NaN or an Inf) for the block of row `lane % 4` in this lane's group of self.lanes lanes, so that a tile
+/// pays for one division: row r is scaled by the value of lane r of its group.
 ///
 /// If blocks span warps, all threads of the CTA must call, with a `warp_max` [kThreads / 32] that no warp
 /// still reads.
-template <typename T, int kThreads>
-__device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const BlockShape<T>& shape,
-                                              uint32_t* warp_max, float* absmax, int64_t first, int64_t n,
-                                              int lane, int warp) {
+template <bool kFull, int kThreads, typename T>
+__device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const BlockLane<T>& self,
+                                              uint32_t* warp_max, float* absmax, int64_t first, int64_t n) {
     using Tile = WarpTile<T>;
     static_assert(Tile::kRows == 4, "the exchange below is for four maxima");
     static_assert(Tile::kElements * (kThreads / 32) >= 4096, "the largest block must fit into a CTA's tiles");
     uint32_t m[4];
     #pragma unroll
     for (int r = 0; r < 4; ++r) m[r] = Magnitude<T>::of(tile.row[r]);
-    if (shape.rows > 1) {
+    if (self.rows > 1) {
         m[0] = m[1] = Magnitude<T>::max(m[0], m[1]);
         m[2] = m[3] = Magnitude<T>::max(m[2], m[3]);
-        if (shape.rows > 2) m[0] = m[1] = m[2] = m[3] = Magnitude<T>::max(m[0], m[2]);
+        if (self.rows > 2) m[0] = m[1] = m[2] = m[3] = Magnitude<T>::max(m[0], m[2]);
     }
 
     // Halving the number of maxima at each of the first two steps costs 3 shuffles instead of 8.
     #pragma unroll
     for (int d = 1; d < 4; d *= 2) {
-        const bool odd = lane & d;
+        const bool odd = self.lane & d;
         #pragma unroll
         for (int i = 0; i < 4; i += 2 * d) {
             const uint32_t keep = odd ? m[i + d] : m[i], send = odd ? m[i] : m[i + d];
@@ -76,23 +88,20 @@ __device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const Blo
     }
     #pragma unroll
     for (int d = 4; d < 32; d *= 2)
-        if (d < shape.lanes) m[0] = Magnitude<T>::max(m[0], __shfl_xor_sync(0xffffffffu, m[0], d));
+        if (d < self.lanes) m[0] = Magnitude<T>::max(m[0], __shfl_xor_sync(0xffffffffu, m[0], d));
     uint32_t bits = Magnitude<T>::to_float_bits(m[0]);
 
-    if (shape.warps > 1) {
-        if (lane == 0) warp_max[warp] = bits;
+    if (self.warps > 1) {
+        if (self.lane == 0) warp_max[self.warp] = bits;
         __syncthreads();
-        bits = warp_max[(warp & ~(shape.warps - 1)) | (lane & (shape.warps - 1))];
+        bits = warp_max[(self.warp & ~(self.warps - 1)) | (self.lane & (self.warps - 1))];
         #pragma unroll
         for (int d = 1; d < kThreads / 32; d *= 2)
-            if (d < shape.warps) bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, d));
+            if (d < self.warps) bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, d));
     }
 
     const Scale scale = scale_of<1>(bits);
-    const int row = lane & (shape.lanes - 1);
-    const int64_t start =
-        first + row * Tile::kRowElements + (lane - row) * Tile::kVector;  // of this lane's block
-    if (row < 4 && (row & (shape.rows - 1)) == 0 && (warp & (shape.warps - 1)) == 0 && start < n)
-        absmax[start >> shape.shift] = scale.absmax;
+    if (self.is_first && (kFull || first + self.start < n))
+        absmax[(first >> self.shift) + (self.start >> self.shift)] = scale.absmax;
     return scale.inverse;
 }

@@ -101,8 +101,8 @@ unsafe impl Params for Dequantize8bitParams {}
 
 /// Threads of every 8-bit kernel.
 pub(super) const THREADS: u32 = 256;
-/// Tiles of 16 KB of input that one thread block quantizes.
-const QUANTIZED_TILES: u64 = 4;
+/// Tiles of 16 KB of input that one thread block quantizes: the second is requested before the first is encoded.
+const QUANTIZED_TILES: u64 = 2;
 
 impl QuantizeBlockwise {
     fn plan(&self) -> Launch {

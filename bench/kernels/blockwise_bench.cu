@@ -1,0 +1,450 @@
+// Checks and times the kernels of blockwise_4bit.cu, blockwise_8bit.cu, tensorwise.cu and nested.cu on one
+// GPU.
+//
+// nvcc -std=c++20 -O3 -fmad=false -Xcompiler -ffp-contract=off -I../../cuda -arch=sm_90a blockwise_bench.cu
+// Usage: blockwise_bench [check] [time]
+#include "blockwise_4bit.cu"
+#undef ENTRY_POINTS
+#include "blockwise_8bit.cu"
+#undef ENTRY_POINTS
+#include "nested.cu"
+#include "tensorwise.cu"
+#include "harness.cuh"
+#include "maps.cuh"
+
+// ------------------------------------------------------------------------------------------ launches
+
+template <typename T>
+struct Entry;
+#define ENTRY(dtype)                                                                    \
+    template <>                                                                         \
+    struct Entry<dtype> {                                                               \
+        static constexpr const char* kName = #dtype;                                    \
+        static constexpr auto quantize_nf4 = quantize_4bit_##dtype##_nf4;               \
+        static constexpr auto quantize_fp4 = quantize_4bit_##dtype##_fp4;               \
+        static constexpr auto quantize_af4 = quantize_4bit_##dtype##_af4;               \
+        static constexpr auto dequantize_nf4 = dequantize_4bit_##dtype##_nf4;           \
+        static constexpr auto dequantize_fp4 = dequantize_4bit_##dtype##_fp4;           \
+        static constexpr auto dequantize_af4 = dequantize_4bit_##dtype##_af4;           \
+        static constexpr auto dequantize_nested = dequantize_4bit_nested_##dtype##_nf4; \
+        static constexpr auto quantize_8bit = quantize_blockwise_##dtype;               \
+        static constexpr auto dequantize_8bit = dequantize_blockwise_##dtype;           \
+        static constexpr auto absmax_of = quantize_absmax_of_##dtype;                   \
+        static constexpr auto quantize_tensor = quantize_##dtype;                       \
+    };
+ENTRY(float32)
+ENTRY(float16)
+ENTRY(bfloat16)
+
+/// Launches with one CTA for every `elements`.
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& p, int64_t elements, cudaStream_t stream = nullptr,
+            int threads = 256) {
+    kernel<<<unsigned(std::min<int64_t>(ceil_div(p.n, elements), INT32_MAX)), threads, 0, stream>>>(p);
+    CHECK(cudaGetLastError());
+}
+/// Elements of one CTA: `elements` of 16 bits, half as many of 32.
+template <typename T>
+constexpr int64_t per_cta(int64_t elements) {
+    return elements * 2 / int64_t(sizeof(T));
+}
+inline int log2_of(int64_t x) { return 63 - __builtin_clzll(uint64_t(x)); }
+inline void launch_quantize_absmax(const QuantizeAbsmaxParams& p, cudaStream_t stream = nullptr) {
+    launch(quantize_absmax_sums, p, 8192, stream);
+    quantize_absmax_offset<<<1, kOffsetThreads, 0, stream>>>(p);
+    launch(quantize_absmax, p, 4096, stream);
+}
+template <typename T>
+void launch_quantize_tensor(QuantizeParams p, cudaStream_t stream = nullptr) {
+    p.num_partials = int(std::min<int64_t>(ceil_div(p.n, per_cta<T>(8192)), 1024));
+    Entry<T>::absmax_of<<<unsigned(p.num_partials), 256, 0, stream>>>(p);
+    Entry<T>::quantize_tensor<<<unsigned(std::min<int64_t>(p.num_partials, 4 * 132)), 256, 0, stream>>>(p);
+}
+
+// --------------------------------------------------------------------------------------- correctness
+
+template <typename T>
+void expect_equal(const Buffer<T>& got, const std::vector<T>& want, const std::string& what) {
+    const std::vector<T> values = got.download();
+    int64_t wrong = 0;
+    for (size_t i = 0; i < want.size(); ++i)
+        wrong += std::memcmp(&values[i], &want[i], sizeof(T)) != 0 &&
+                 !(std::isnan(float(values[i])) && std::isnan(float(want[i])));
+    if (wrong == 0 && got.intact()) return;
+    ++failures;
+    std::printf("FAIL %s: %lld of %zu differ%s\n", what.c_str(), static_cast<long long>(wrong), want.size(),
+                got.intact() ? "" : ", written outside");
+}
+
+/// Normal numbers whose last blocks hold NaN, Inf, zeros, subnormal and huge values.
+template <typename T>
+std::vector<T> test_vector(int64_t n) {
+    Buffer<T> buffer(n);
+    random_normal(buffer.data(), n, 7);
+    std::vector<T> x = buffer.download();
+    const float unusual[] = {NAN, INFINITY, -INFINITY, 0.0f, 1e-41f, 3e38f, 0x1p-126f};
+    for (int i = 0; i < 7 && n > 8 * 8192; ++i) {
+        for (int j = 0; i > 2 && j < 4096; ++j)
+            x[n - 8192 * (i + 1) + j] = round_to(unusual[i] * float(j % 3), T());
+        x[n - 8192 * (i + 1) + 77] = round_to(unusual[i], T());
+    }
+    return x;
+}
+
+template <typename T, typename Codebook>
+void check_4bit(const std::vector<T>& x, void (*quantize)(Quantize4bitParams),
+                void (*dequantize)(Dequantize4bitParams), int64_t block_size, int offset) {
+    const int64_t n = int64_t(x.size()), blocks = ceil_div(n, block_size);
+    std::vector<uint8_t> want(ceil_div(n, 2));
+    std::vector<float> absmax(blocks);
+    std::vector<T> decoded(n);
+    parallel(blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t first = b * block_size, last = std::min(n, first + block_size);
+            const auto [am, inverse] = block_scale(&x[first], last - first);
+            absmax[b] = am;
+            for (int64_t i = first; i < last + (last == n && n % 2); ++i) {
+                const uint8_t code = code_of<Codebook>(i < n && inverse != 0 ? float(x[i]) * inverse : 0.0f);
+                want[i / 2] |= uint8_t(code << (i % 2 ? 0 : 4));
+                if (i < n) decoded[i] = round_to(from_bits(Codebook::kValueBits[code]) * am, T());
+            }
+        }
+    });
+    Buffer<T> input(x, offset), output(n, offset);
+    Buffer<uint8_t> packed(want.size(), offset);
+    Buffer<float> absmax_out(blocks);
+    const int shift = log2_of(block_size);
+    launch(quantize, {input.data(), packed.data(), absmax_out.data(), n, shift}, per_cta<T>(8192));
+    launch(dequantize, {packed.data(), absmax_out.data(), nullptr, nullptr, nullptr, output.data(), n, shift},
+           per_cta<T>(4096));
+    const std::string what = std::string(Entry<T>::kName) + " 4-bit block " + std::to_string(block_size);
+    expect_equal(packed, want, what + " codes");
+    expect_equal(absmax_out, absmax, what + " absmax");
+    expect_equal(output, decoded, what + " decoded");
+}
+
+template <typename T>
+void check_8bit(const std::vector<T>& x, const Map& map, const char* name, int64_t block_size, int offset) {
+    const int64_t n = int64_t(x.size()), blocks = ceil_div(n, block_size);
+    const MapRule rule(map);
+    std::vector<uint8_t> want(n);
+    std::vector<float> absmax(blocks);
+    std::vector<T> decoded(n);
+    parallel(blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t first = b * block_size, last = std::min(n, first + block_size);
+            const auto [am, inverse] = block_scale(&x[first], last - first);
+            absmax[b] = am;
+            for (int64_t i = first; i < last; ++i) {
+                want[i] = rule(inverse != 0 ? float(x[i]) * inverse : 0.0f);
+                decoded[i] = round_to(map[want[i]] * am, T());
+            }
+        }
+    });
+    Buffer<T> input(x, offset), output(n, offset);
+    Buffer<uint8_t> codes(n, offset);
+    Buffer<float> absmax_out(blocks), device_map(map);
+    const int shift = log2_of(block_size);
+    launch(Entry<T>::quantize_8bit,
+           {input.data(), device_map.data(), codes.data(), absmax_out.data(), n, shift},
+           per_cta<T>(2 * 8192));
+    launch(Entry<T>::dequantize_8bit,
+           {codes.data(), absmax_out.data(), device_map.data(), output.data(), n, shift}, per_cta<T>(4096));
+    const std::string what =
+        std::string(Entry<T>::kName) + " " + name + " block " + std::to_string(block_size);
+    expect_equal(codes, want, what + " codes");
+    expect_equal(absmax_out, absmax, what + " absmax");
+    expect_equal(output, decoded, what + " decoded");
+}
+
+/// Whole tensor: finite values only, so that their quotients can be compared.
+template <typename T>
+void check_tensorwise(const std::vector<T>& x, const Map& map) {
+    const int64_t n = int64_t(x.size());
+    const MapRule rule(map);
+    const float am = block_scale(x.data(), n).first;
+    std::vector<uint8_t> want(n);
+    parallel(n, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) want[i] = rule(float(x[i]) / am);
+    });
+    Buffer<T> input(x);
+    Buffer<uint8_t> codes(n);
+    Buffer<float> absmax(1), device_map(map);
+    Buffer<uint32_t> partials(1024);
+    launch_quantize_tensor<T>(
+        {input.data(), device_map.data(), codes.data(), absmax.data(), partials.data(), n, 0});
+    expect_equal(codes, want, std::string(Entry<T>::kName) + " tensorwise");
+    expect_equal(absmax, {am}, "tensorwise absmax");
+}
+
+void check_quantize_absmax(std::vector<float> x) {
+    const int64_t n = int64_t(x.size());
+    double total = 0, run = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        run += x[i];
+        if (i % 256 == 255 || i + 1 == n) total += run, run = 0;
+    }
+    const float offset = float(total / double(n));
+    const MapRule rule(dynamic_map());
+    std::vector<uint8_t> want(n);
+    std::vector<float> scale;
+    std::vector<float> centred(x);
+    for (float& v : centred) v -= offset;
+    for (int64_t first = 0; first < n; first += 256) {
+        const auto [am, inverse] = block_scale(&centred[first], std::min<int64_t>(256, n - first));
+        scale.push_back(am);
+        for (int64_t i = first; i < std::min(n, first + 256); ++i)
+            want[i] = rule(inverse != 0 ? centred[i] * inverse : 0.0f);
+    }
+    Buffer<float> absmax(x), scale_out(scale.size()), offset_out(1);
+    Buffer<uint8_t> codes(n);
+    Buffer<double> sums(scale.size());
+    launch_quantize_absmax(
+        {absmax.data(), codes.data(), scale_out.data(), offset_out.data(), sums.data(), n});
+    expect_equal(offset_out, {offset}, "quantize_absmax offset");
+    expect_equal(scale_out, scale, "quantize_absmax scale");
+    expect_equal(codes, want, "quantize_absmax codes");
+}
+
+template <typename T>
+void check_type(int64_t n) {
+    using E = Entry<T>;
+    const std::vector<T> x = test_vector<T>(n);
+    for (int64_t block_size : {32, 64, 128, 256, 512, 1024, 2048, 4096}) {
+        check_4bit<T, Nf4>(x, E::quantize_nf4, E::dequantize_nf4, block_size, 0);
+        check_4bit<T, Fp4>(x, E::quantize_fp4, E::dequantize_fp4, block_size, 0);
+        check_4bit<T, Af4>(x, E::quantize_af4, E::dequantize_af4, block_size, block_size == 64);
+        if (block_size > 32) check_8bit<T>(x, dynamic_map(), "dynamic", block_size, block_size == 128);
+    }
+    check_8bit<T>(x, unsigned_dynamic_map(), "unsigned", 256, 0);
+    check_8bit<T>(x, linear_map(), "linear", 4096, 0);
+    check_8bit<T>(x, fp8_map(4, 3), "e4m3", 256, 0);
+    check_8bit<T>(x, fp8_map(5, 2), "e5m2", 64, 0);
+    check_8bit<T>(x, normal_map(), "normal", 256, 0);
+    check_8bit<T>(x, crowded_map(), "crowded", 256, 0);
+    check_tensorwise<T>(std::vector<T>(x.begin(), x.begin() + n / 2), dynamic_map());
+}
+
+// ------------------------------------------------------------------------------------------- timing
+
+/// Variants of one kernel, timed beside the exported one.
+template <typename T, int kThreads, int kMinCtas>
+__global__ __launch_bounds__(kThreads, kMinCtas) void quantize_4bit_variant(
+    const __grid_constant__ Quantize4bitParams p) {
+    quantize_4bit<T, Nf4, kThreads>(p);
+}
+template <typename T, bool kNested, int kRows, int kThreads>
+__global__ __launch_bounds__(kThreads) void dequantize_4bit_variant(
+    const __grid_constant__ Dequantize4bitParams p) {
+    dequantize_4bit<T, Nf4, kNested, kRows, kThreads>(p);
+}
+template <typename T, int kMinCtas>
+__global__ __launch_bounds__(256, kMinCtas) void quantize_8bit_variant(
+    const __grid_constant__ QuantizeBlockwiseParams p) {
+    quantize_blockwise<T>(p);
+}
+template <typename T, int kRows, int kThreads>
+__global__ __launch_bounds__(kThreads) void dequantize_8bit_variant(
+    const __grid_constant__ Dequantize8bitParams p) {
+    dequantize_8bit<T, kRows, kThreads>(p);
+}
+
+/// Times on 8192 x 8192 elements; each beside the copy of its ratio and size.
+template <typename T>
+class Timing {
+ public:
+    explicit Timing(const Pools& pools) : pools_(pools) {
+        for (int i = 0; i < kSets; ++i) random_normal(x(i), kN, 100 + i);
+    }
+
+    void quantize_4bit_kernels() {
+        using E = Entry<T>;
+        copy_ = sizeof(T) == 2 ? Copy::of<4, 1>(pools_, 168e6) : Copy::of<8, 1>(pools_, 302e6);
+        time_quantize("nf4 64", E::quantize_nf4, 64);
+        time_quantize("fp4 64", E::quantize_fp4, 64);
+        time_quantize("af4 64", E::quantize_af4, 64);
+        for (int block_size : {32, 128, 256, 512, 1024, 2048, 4096})
+            time_quantize("nf4 " + std::to_string(block_size), E::quantize_nf4, block_size);
+        time_quantize("nf4 64, 5 CTAs", quantize_4bit_variant<T, 256, 5>, 64);
+        time_quantize("nf4 64, 6 CTAs", quantize_4bit_variant<T, 256, 6>, 64);
+        time_quantize("nf4 64, 3 CTAs of 512 threads", quantize_4bit_variant<T, 512, 3>, 64, 512);
+        time_quantize("nf4 64, 2 tiles", E::quantize_nf4, 64, 256, 2);
+    }
+
+    void dequantize_4bit_kernels() {
+        using E = Entry<T>;
+        for (int i = 0; i < kSets; ++i) {
+            launch(E::quantize_nf4, {x(i), codes(i), absmax(i), kN, 6}, per_cta<T>(8192));
+            launch_quantize_absmax({absmax(i), nested_codes(i), nested_scale(i), nested_scale(i) + kN / 16384,
+                                    reinterpret_cast<double*>(nested_scale(i) + kN / 8192), kN / 64});
+        }
+        copy_ = sizeof(T) == 2 ? Copy::of<1, 4>(pools_, 168e6) : Copy::of<1, 8>(pools_, 302e6);
+        for (int repeat = 0; repeat < 2; ++repeat) {
+            time_dequantize("nf4 64", E::dequantize_nf4, 2, false);
+            time_dequantize("nf4 64 nested", E::dequantize_nested, 2, true);
+        }
+        time_dequantize("fp4 64", E::dequantize_fp4, 2, false);
+        time_dequantize("af4 64", E::dequantize_af4, 2, false);
+        time_dequantize("nf4 64, 1 row", dequantize_4bit_variant<T, false, 1, 256>, 1, false);
+        time_dequantize("nf4 64, 4 rows", dequantize_4bit_variant<T, false, 4, 256>, 4, false);
+        time_dequantize("nf4 64 nested, 4 rows", dequantize_4bit_variant<T, true, 4, 256>, 4, true);
+        time_dequantize("nf4 64 nested, 512 threads", dequantize_4bit_variant<T, true, 2, 512>, 2, true, 512);
+    }
+
+    void quantize_8bit_kernels() {
+        const auto product = Entry<T>::quantize_8bit;
+        copy_ = sizeof(T) == 2 ? Copy::of<2, 1>(pools_, 201e6) : Copy::of<4, 1>(pools_, 336e6);
+        for (int block_size : {64, 256, 1024, 4096})
+            time_quantize_8bit("dynamic", product, dynamic_map(), block_size, 2);
+        for (int tiles : {1, 3, 4}) time_quantize_8bit("dynamic", product, dynamic_map(), 256, tiles);
+        time_quantize_8bit("dynamic, 3 CTAs", quantize_8bit_variant<T, 3>, dynamic_map(), 256, 2);
+        const std::pair<const char*, Map> maps[] = {{"unsigned", unsigned_dynamic_map()},
+                                                    {"linear", linear_map()},
+                                                    {"e4m3", fp8_map(4, 3)},
+                                                    {"e5m2", fp8_map(5, 2)},
+                                                    {"normal", normal_map()},
+                                                    {"crowded", crowded_map()}};
+        for (const auto& [name, map] : maps)
+            for (int tiles : {2, 3, 4}) time_quantize_8bit(name, product, map, 256, tiles);
+    }
+
+    void dequantize_8bit_kernels() {
+        const Buffer<float> map(dynamic_map());
+        for (int i = 0; i < kSets; ++i)
+            launch(Entry<T>::quantize_8bit, {x(i), map.data(), codes(i), absmax(i), kN, 8},
+                   per_cta<T>(2 * 8192));
+        copy_ = sizeof(T) == 2 ? Copy::of<1, 2>(pools_, 201e6) : Copy::of<1, 4>(pools_, 336e6);
+        time_dequantize_8bit("256", Entry<T>::dequantize_8bit, map.data(), 2);
+        time_dequantize_8bit("256, 1 row x 512", dequantize_8bit_variant<T, 1, 512>, map.data(), 1, 512);
+        time_dequantize_8bit("256, 2 rows x 512", dequantize_8bit_variant<T, 2, 512>, map.data(), 2, 512);
+        time_dequantize_8bit("256, 4 rows x 256", dequantize_8bit_variant<T, 4, 256>, map.data(), 4);
+    }
+
+    void tensorwise_kernels() {
+        const Buffer<float> map(dynamic_map());
+        const Buffer<uint32_t> partials(1024);
+        copy_ = sizeof(T) == 2 ? Copy::of<4, 1>(pools_, 335e6) : Copy::of<8, 1>(pools_, 604e6);
+        const float us = time_us(kSets, [&](int i, cudaStream_t s) {
+            launch_quantize_tensor<T>({x(i), map.data(), codes(i), absmax(i), partials.data(), kN, 0}, s);
+        });
+        report(label("quantize, whole tensor, both passes"), us, kN * (2.0 * sizeof(T) + 1), copy_);
+    }
+
+ private:
+    static constexpr int64_t kN = 8192ll * 8192;
+    static constexpr int kSets = sizeof(T) == 2 ? 6 : 3;
+    const Pools& pools_;
+    Copy copy_;  // of the group
+
+    static std::string label(const std::string& what) { return std::string(Entry<T>::kName) + " " + what; }
+    T* x(int i) const { return reinterpret_cast<T*>(pools_.a) + i * kN; }
+    uint8_t* codes(int i) const { return pools_.b + i * 2 * kN; }
+    float* absmax(int i) const { return reinterpret_cast<float*>(codes(i) + kN); }
+    uint8_t* nested_codes(int i) const { return codes(i) + kN + kN / 4; }
+    float* nested_scale(int i) const { return reinterpret_cast<float*>(codes(i) + kN + kN / 2); }
+
+    void time_quantize(const std::string& what, void (*kernel)(Quantize4bitParams), int block_size,
+                       int threads = 256, int tiles = 1) const {
+        const float us = time_us(kSets, [&](int i, cudaStream_t s) {
+            launch(kernel, {x(i), codes(i), absmax(i), kN, log2_of(block_size)},
+                   per_cta<T>(int64_t(tiles) * 32 * threads), s, threads);
+        });
+        report(label("quantize " + what), us, kN * (sizeof(T) + 0.5 + 4.0 / block_size), copy_);
+    }
+    void time_dequantize(const std::string& what, void (*kernel)(Dequantize4bitParams), int rows, bool nested,
+                         int threads = 256) const {
+        const float us = time_us(kSets, [&](int i, cudaStream_t s) {
+            const void* const statistics = nested ? static_cast<const void*>(nested_codes(i)) : absmax(i);
+            launch(
+                kernel,
+                {codes(i), statistics, nested_scale(i), nested_scale(i) + kN / 16384, nullptr, x(i), kN, 6},
+                per_cta<T>(rows * 8 * threads), s, threads);
+        });
+        const double bytes = kN * (sizeof(T) + 0.5 + (nested ? 1.0 + 4.0 / 256 : 4.0) / 64);
+        report(label("dequantize " + what), us, bytes, copy_);
+    }
+    void time_quantize_8bit(const std::string& what, void (*kernel)(QuantizeBlockwiseParams), const Map& map,
+                            int block_size, int tiles) const {
+        const Buffer<float> device_map(map);
+        const float us = time_us(kSets, [&](int i, cudaStream_t s) {
+            launch(kernel, {x(i), device_map.data(), codes(i), absmax(i), kN, log2_of(block_size)},
+                   per_cta<T>(int64_t(tiles) * 8192), s);
+        });
+        report(label("quantize 8-bit " + what + " " + std::to_string(block_size) + ", tiles " +
+                     std::to_string(tiles)),
+               us, kN * (sizeof(T) + 1 + 4.0 / block_size), copy_);
+    }
+    void time_dequantize_8bit(const std::string& what, void (*kernel)(Dequantize8bitParams), const float* map,
+                              int rows, int threads = 256) const {
+        const float us = time_us(kSets, [&](int i, cudaStream_t s) {
+            launch(kernel, {codes(i), absmax(i), map, x(i), kN, 8}, per_cta<T>(rows * 8 * threads), s,
+                   threads);
+        });
+        report(label("dequantize 8-bit " + what), us, kN * (sizeof(T) + 1 + 4.0 / 256), copy_);
+    }
+};
+
+template <typename T>
+void time_type(const Pools& pools) {
+    Timing<T> timing(pools);
+    timing.quantize_4bit_kernels();
+    timing.dequantize_4bit_kernels();
+    timing.quantize_8bit_kernels();
+    timing.dequantize_8bit_kernels();
+    timing.tensorwise_kernels();
+}
+
+/// Kernels that know no dtype.
+void time_bytes(const Pools& pools) {
+    constexpr int64_t n = 1ll << 28, kAbsmax = 1 << 20;
+    const Copy down = Copy::of<2, 1>(pools, 402e6), up = Copy::of<1, 2>(pools, 402e6);
+    const float pack_us = time_us(2, [&](int i, cudaStream_t s) {
+        launch(pack_4bit, {pools.a + i * n, pools.b + i * n, n, 7}, 8192, s);
+    });
+    report("pack_4bit of 2^28", pack_us, n * 1.5, down);
+    const float unpack_us = time_us(2, [&](int i, cudaStream_t s) {
+        launch(unpack_4bit, {pools.b + i * n, pools.a + i * n, n}, 8192, s);
+    });
+    report("unpack_4bit of 2^28", unpack_us, n * 1.5, up);
+    float* const absmax = reinterpret_cast<float*>(pools.a);
+    float* const scale = reinterpret_cast<float*>(pools.b + kAbsmax);
+    double* const sums = reinterpret_cast<double*>(scale + 2 * kAbsmax);
+    for (bool wide : {false, true}) {  // sums that are exact in any order, and sums that are not
+        std::vector<float> values(kAbsmax);
+        for (int64_t i = 0; i < kAbsmax; ++i)
+            values[i] = std::ldexp(1.0f + float(i * 2654435761u % 4096) / 4096, wide ? -int(i % 97) : 0);
+        CHECK(cudaMemcpy(absmax, values.data(), kAbsmax * 4, cudaMemcpyHostToDevice));
+        const float us = time_us(4, [&](int, cudaStream_t s) {
+            launch_quantize_absmax({absmax, pools.b, scale, scale + kAbsmax, sums, kAbsmax}, s);
+        });
+        std::printf("quantize_absmax of 2^20, %s total  %.2f us\n", wide ? "serial" : "exact", us);
+    }
+}
+
+int main(int argc, char** argv) {
+    const auto has = [&](const char* word) {
+        return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, word); });
+    };
+    if (has("check")) {
+        const int64_t n = has("small") ? (1 << 17) + 37 : (1 << 22) + 37;
+        check_type<float>(n);
+        check_type<float16>(n);
+        check_type<bfloat16>(n);
+        std::vector<float> absmax(300001);
+        for (size_t i = 0; i < absmax.size(); ++i)
+            absmax[i] = 0.02f + float(i * 2654435761u % 65536) * 0x1p-20f;
+        check_quantize_absmax(absmax);
+        for (size_t i = 0; i < absmax.size(); ++i) absmax[i] = std::ldexp(absmax[i], int(i % 120) - 60);
+        check_quantize_absmax(absmax);
+        std::printf("check: %d failures\n", failures);
+    }
+    if (has("time")) {
+        const Pools pools;
+        Copy::of<1, 1>(pools, 2e9);
+        time_type<bfloat16>(pools);
+        time_type<float16>(pools);
+        time_type<float>(pools);
+        time_bytes(pools);
+    }
+    return failures != 0;
+}

@@ -1,0 +1,166 @@
+"""The kernels of gemm_4bit_skinny, compiled for the CPU, against float64."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import reference
+from emulation.emulator import Emulator, build
+from emulation.kernels import STORAGE, Array, Kernels
+from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES, Floats
+
+MODULES = ("gemm_4bit_skinny",)
+ALIGNMENT = 16
+CANARY_BYTES = 64
+RANDOM = np.random.default_rng(7)
+# Relative error of one rounding: of the output, and of the codebook's values to the type of the tensor cores.
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+MMA_DTYPES = ("float16", "bfloat16")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
+)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels, compiled once."""
+    folder = tmp_path_factory.mktemp("emulation_gemm")
+    build(folder, os.environ.get("QBITS_EMULATION_SANITIZE") == "1", MODULES)
+    return Kernels(Emulator(folder, MODULES))
+
+
+@dataclass
+class Case:
+    """One product and how it is launched."""
+
+    kernel: str
+    dtype: str
+    shape: tuple[int, int, int]
+    codebook: str = "nf4"
+    block_size: int = 64
+    nested: bool = False
+    own_map: bool = False
+    bias: str | None = None
+    threads: int = 256
+    num_sms: int = 2
+    offset: int = 0
+
+
+def widen(x: Array, dtype: str) -> Floats:
+    """Stored elements as float32, exactly."""
+    return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else x.astype(np.float32)
+
+
+def normal(n: int, dtype: str) -> Array:
+    """Standard normal numbers, stored."""
+    return reference.round_to(RANDOM.standard_normal(n).astype(np.float32), dtype)
+
+
+class Guarded:
+    """A poisoned array between canaries, `offset` elements behind an aligned address."""
+
+    def __init__(self, n: int, dtype: str | type, offset: int = 0) -> None:
+        size = np.dtype(dtype).itemsize
+        self._memory = np.full((n + offset) * size + 2 * CANARY_BYTES + ALIGNMENT, 0xFF, np.uint8)
+        self._first = CANARY_BYTES + -(self._memory.ctypes.data + CANARY_BYTES) % ALIGNMENT + offset * size
+        self._last = self._first + n * size
+        self.array = self._memory[self._first : self._last].view(dtype)
+
+    def is_intact(self) -> bool:
+        """Nothing beside the array was written."""
+        beside = np.delete(self._memory, slice(self._first, self._last))
+        return bool((beside == 0xFF).all())
+
+
+def guarded(x: Array, offset: int) -> Array:
+    """A copy of x at that alignment."""
+    copy = Guarded(x.size, x.dtype, offset)
+    copy.array[:] = x
+    return copy.array
+
+
+def check(kernels: Kernels, case: Case) -> None:
+    """Launches; the output is float64's up to the roundings of the weight, the sums and the output."""
+    m, n, k = case.shape
+    weight = RANDOM.standard_normal(n * k).astype(np.float32)
+    packed, absmax = reference.quantize_4bit(weight, case.codebook, case.block_size)
+    stored_absmax, nested = absmax, {}
+    if case.nested:
+        stored_absmax, scale, offset = reference.quantize_absmax(absmax)
+        own_map = np.sort(RANDOM.uniform(-1, 1, 256)).astype(np.float32) if case.own_map else None
+        absmax = reference.decode_absmax(stored_absmax, scale, offset, own_map)
+        nested = {
+            "absmax_scale": scale,
+            "absmax_offset": np.array([offset], np.float32),
+            "absmax_codebook": own_map,
+        }
+    x = normal(m * k, case.dtype)
+    bias = None if case.bias is None else normal(n, case.bias)
+    output = Guarded(m * n, STORAGE[case.dtype], case.offset)
+    kernels.gemm_4bit(
+        guarded(x, case.offset), case.dtype, guarded(packed, case.offset), stored_absmax.copy(), case.shape,
+        case.codebook, case.block_size, output.array, case.kernel, case.threads, case.num_sms, bias,
+        case.bias or "float32", **nested,
+    )  # fmt: skip
+    wide = widen(x, case.dtype).reshape(m, k)
+    wide_bias = None if bias is None else widen(bias, case.bias or "float32")
+    arguments = (absmax, (n, k), case.codebook, case.block_size)
+    want = reference.gemm_4bit(wide, packed, *arguments, wide_bias)
+    decoded = reference.decode_4bit(packed, absmax, n * k, case.codebook, case.block_size).reshape(n, k)
+    # Each product is off by the rounding of its weight, the float32 sums by less than 1e-6 of the terms.
+    terms = np.abs(wide).astype(np.float64) @ np.abs(decoded).T.astype(np.float64)
+    limit = ROUNDING[case.dtype] * (terms + np.abs(want)) + 1e-6 * terms
+    got = widen(output.array, case.dtype).reshape(m, n)
+    error = np.abs(got - want)
+    assert (error <= limit).all(), f"{case}: {error[~(error <= limit)]} beyond {limit[~(error <= limit)]}"
+    assert output.is_intact(), f"{case}: written beside the output"
+
+
+@pytest.mark.parametrize("dtype", MMA_DTYPES)
+@pytest.mark.parametrize("kernel", ["rows32", "rows64"])
+def test_gemm_4bit_mma_kernels_are_right_for_every_shape(kernels, kernel, dtype):
+    for m in (1, 2, 3, 5, 8, 9, 17):
+        check(kernels, Case(kernel, dtype, (m, 100, 192)))
+    for n in (1, 15, 16, 17, 64, 145):
+        check(kernels, Case(kernel, dtype, (3, n, 320), bias="bfloat16"))
+    for k in (0, 64, 128, 192, 2112, 4096):
+        check(kernels, Case(kernel, dtype, (6, 40, k), bias="float16"))
+    check(kernels, Case(kernel, dtype, (3, 300, 256), num_sms=3, bias="float32"))
+    check(kernels, Case(kernel, dtype, (8, 100, 2112), threads=512))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemm_4bit_simt_kernels_are_right_for_every_shape(kernels, dtype):
+    for m in (1, 2, 3, 5, 8, 9, 17):
+        check(kernels, Case("words", dtype, (m, 20, 96)))
+        check(kernels, Case("general", dtype, (m, 20, 63)))
+    for n in (1, 7, 8, 9, 64, 145):
+        check(kernels, Case("words", dtype, (3, n, 104), bias="float32"))
+        check(kernels, Case("general", dtype, (1, n, 33), bias="float16"))
+    for k in (0, 1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 100, 2112):
+        check(kernels, Case("general", dtype, (2, 19, k), bias="bfloat16"))
+        if k % 8 == 0:
+            check(kernels, Case("words", dtype, (1, 19, k)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("kernel", ["rows32", "rows64", "words", "general"])
+def test_gemm_4bit_kernels_know_every_codebook_and_block_size(kernels, kernel, codebook, nested):
+    k = {"words": 328, "general": 329}.get(kernel, 320)
+    for block_size in BLOCK_SIZES_4BIT:
+        for dtype in MMA_DTYPES if kernel.startswith("rows") else DTYPES:
+            own_map = block_size == 128
+            check(kernels, Case(kernel, dtype, (5, 35, k), codebook, block_size, nested, own_map))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemm_4bit_general_kernel_takes_any_alignment(kernels, dtype):
+    for offset in (1, 2, 3, 5):
+        check(kernels, Case("general", dtype, (2, 19, 65), nested=offset == 3, offset=offset))
