@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -158,6 +158,25 @@ class Replay:
         return float(begin.elapsed_time(end)) * 1e3 / (self._num_replays * self._num_calls)
 
 
+class Eager:
+    """Calls one after the other, for peers that cannot be captured; their gaps on the host count."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        self._calls = calls
+        calls[0]()
+
+    def time_us(self) -> float:
+        """Microseconds of one call between two events, mean over ten rounds."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            for call in self._calls:
+                call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3 / (10 * len(self._calls))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median and extremes of the repeats."""
@@ -173,7 +192,7 @@ class Timing:
         return cls(statistics.median(kept), min(kept), max(kept))
 
 
-def interleaved(replays: dict[str, Replay], num_repeats: int = NUM_REPEATS) -> dict[str, Timing]:
+def interleaved(replays: Mapping[str, Replay | Eager], num_repeats: int = NUM_REPEATS) -> dict[str, Timing]:
     """A B A B ...: ratios hold only between neighbours."""
     samples: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(num_repeats + 1):

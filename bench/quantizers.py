@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Replay, Report, Timing, arguments, interleaved, num_sets, peer
+from common import Eager, Replay, Report, Timing, arguments, interleaved, num_sets, peer
 from qbits import ops
-from qbits.codebooks import create_dynamic_map, create_linear_map
+from qbits.codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 from yardstick import Copy, Yardstick
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAPS: dict[str, Callable[[], torch.Tensor]] = {
+    "dynamic": create_dynamic_map,
+    "unsigned": lambda: create_dynamic_map(signed=False),
+    "linear": create_linear_map,
+    "e4m3": lambda: create_fp8_map(True, 4, 3, 8),
+    "e5m2": lambda: create_fp8_map(True, 5, 2, 8),
+    "normal": create_normal_map,
+}
 LONG_COPY_GOAL = 4.1  # TB/s that the plain copy must reach on an H200 for the yardstick to be one
 
 
@@ -94,7 +102,7 @@ def cases_4bit(n: int, dtype: torch.dtype, bnb: Any) -> Iterator[Case]:
 
 def pair_8bit(n: int, dtype: torch.dtype, name: str, block_size: int, bnb: Any) -> Iterator[Case]:
     """Quantize and dequantize with one map and block size."""
-    table = (create_dynamic_map() if name == "dynamic" else create_linear_map()).cuda()
+    table = MAPS[name]().cuda()
     coded, plain, label = n + n / block_size * 4, n * dtype.itemsize, f"8-bit {name} {block_size}"
 
     def floats(x: torch.Tensor) -> Any:
@@ -113,9 +121,7 @@ def pair_8bit(n: int, dtype: torch.dtype, name: str, block_size: int, bnb: Any) 
         return ops.dequantize_blockwise(o[0], o[1], table, block_size, dtype, out=o[2])
 
     def dequantize_peer(o: Any) -> Any:
-        return bnb.functional.dequantize_blockwise(
-            o[0], absmax=o[1], code=table, out=o[2], blocksize=block_size
-        )
+        return torch.ops.bitsandbytes.dequantize_blockwise(o[0], o[1], table, block_size, dtype)
 
     peers = (quantize_peer, dequantize_peer) if bnb is not None else (None, None)
     yield Case(f"quantize {label}", dtype, plain, coded, floats, quantize, peers[0])
@@ -124,7 +130,8 @@ def pair_8bit(n: int, dtype: torch.dtype, name: str, block_size: int, bnb: Any) 
 
 def cases_8bit(n: int, dtype: torch.dtype, bnb: Any) -> Iterator[Case]:
     """Blockwise with the signed dynamic map and with another one; the whole tensor."""
-    for name, block_size in (("dynamic", 256), ("dynamic", 4096), ("linear", 256)):
+    named = [(name, 256) for name in MAPS if dtype == torch.bfloat16 or name in ("dynamic", "linear")]
+    for name, block_size in (*named, ("dynamic", 4096)):
         yield from pair_8bit(n, dtype, name, block_size, bnb)
     dynamic, plain = create_dynamic_map().cuda(), n * dtype.itemsize
 
@@ -234,7 +241,9 @@ def measure(report: Report, yardstick: Yardstick, case: Case, n: int, num_repeat
     if case.peer:
         try:
             run_peer = case.peer
-            replays["peer"] = Replay([lambda o=o: run_peer(o) for o in operands])
+            # bitsandbytes' quantizers copy tables or leave the current stream: no graph holds them
+            run = Eager if case.name.startswith("quantize") else Replay
+            replays["peer"] = run([lambda o=o: run_peer(o) for o in operands])
         except Exception as error:
             report.note(f"peer of {case.key}: {type(error).__name__}: {str(error).splitlines()[0]}")
     times = interleaved(replays, num_repeats)

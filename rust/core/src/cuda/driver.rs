@@ -9,8 +9,6 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 pub(super) type Status = c_int;
 
 pub(super) const SUCCESS: Status = 0;
-/// Answer to a parameter index behind a kernel's last one.
-pub(super) const INVALID_VALUE: Status = 1;
 pub(super) const NO_BINARY_FOR_GPU: Status = 209;
 pub(super) const UNSUPPORTED_PTX_VERSION: Status = 222;
 

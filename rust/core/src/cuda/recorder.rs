@@ -20,8 +20,6 @@ pub(crate) struct Machine {
     pub driver_version: c_int,
     /// Threads that the driver says every kernel allows.
     pub kernel_max_threads: u32,
-    /// Parameters that the driver says every kernel takes.
-    pub num_params: usize,
     /// A capture in global mode is in progress on every stream.
     pub is_capturing: bool,
     pub settings: Settings,
@@ -41,7 +39,6 @@ impl Machine {
             images: images(),
             driver_version: 13_000,
             kernel_max_threads: 1024,
-            num_params: 1,
             is_capturing: false,
             settings: Settings::default(),
             failures: HashMap::new(),

@@ -130,6 +130,7 @@ impl Gemm4bit {
         if has_mma
             && is_sixteen_bit
             && self.K % 64 == 0
+            && self.K <= MMA_MAX_K
             && is_aligned(&self.packed, 16)
             && is_aligned(&self.input, 16)
         {

@@ -108,12 +108,6 @@ fn a_symbol_that_the_image_lacks_is_told() {
 }
 
 #[test]
-fn a_kernel_with_two_parameters_is_refused() {
-    let _recorder = Recorder::install(Machine { num_params: 2, ..machine() });
-    assert_eq!(refusal(SYMBOL).message, "qbits::copy: copy_float32_64 must take one parameter, got more");
-}
-
-#[test]
 fn a_driver_that_fails_at_any_step_is_told() {
     for call in [
         "cuThreadExchangeStreamCaptureMode",

@@ -1,12 +1,15 @@
 //! The functions that stand in for libcuda's, one for each call of the driver's table.
 
 use super::{CAPTURE_MODE, CURRENT, Launched, STAND, State, context_of, device_of};
-use crate::cuda::driver::{Driver, INVALID_VALUE, SUCCESS, Status};
+use crate::cuda::driver::{Driver, SUCCESS, Status};
 use crate::cuda::{Image, Limits};
 use cudarc::driver::sys::{
     self, CUdevice_attribute as DeviceAttribute, CUfunction_attribute as KernelAttribute,
 };
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+/// CUDA_ERROR_INVALID_VALUE.
+const INVALID_VALUE: Status = 1;
 
 const NOT_INITIALIZED: Status = 3;
 const INVALID_DEVICE: Status = 101;
@@ -124,7 +127,7 @@ stand_ins! {
         kernel: sys::CUkernel, index: usize, offset: *mut usize, bytes: *mut usize
     ) = "cuKernelGetParamInfo", |state| {
         match state.kernel(kernel as usize) {
-            Some(info) if index < state.machine.num_params => {
+            Some(info) if index == 0 => {
                 put(offset, 0);
                 put(bytes, info.param_bytes as usize)
             }
