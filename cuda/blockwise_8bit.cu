@@ -5,14 +5,14 @@
 // memory.
 //
 //   entry point                              threads  elements/warp  elements/CTA  static shared
-//   quantize_blockwise_{float16,bfloat16}        256       2 x 1024     2 x 8192        18.8 KB
-//   quantize_blockwise_float32                   256       2 x  512     2 x 4096        18.8 KB
+//   quantize_blockwise_{float16,bfloat16}        256       3 x 1024     3 x 8192        18.8 KB
+//   quantize_blockwise_float32                   256       3 x  512     3 x 4096        18.8 KB
 //   dequantize_blockwise_{float16,bfloat16}      256            512         4096           1 KB
 //   dequantize_blockwise_float32                 256            256         2048           1 KB
 //
-// Two tiles for each warp of quantize_blockwise, since the second is requested before the first is encoded;
-// with one, three or four the signed dynamic map takes 6, 1 or 3 % longer (bfloat16, H200). Other maps, whose
-// tables are made in every CTA, are 12 to 18 % faster with four.
+// Three tiles for each warp of quantize_blockwise, since the next is requested before the last is encoded: with
+// one or two the signed dynamic map takes 5 % longer or 1 % less, but other maps, whose tables are made in every
+// CTA, take 10 to 15 % longer with two (H200).
 #include "blockwise_8bit.cuh"
 
 /// Arguments of quantize_blockwise.

@@ -222,8 +222,9 @@ def _direct_gemm_4bit(
     """The fused kernel, or decode and torch's GEMM, as the one rule in `_core.plan_gemm_4bit` says."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
     arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-    is_matrix = isinstance(input, Tensor) and input.dim() == 2
-    if is_matrix and _core.plan_gemm_4bit(input.shape[0], input.is_cuda) == "dequantize":
+    if not isinstance(input, Tensor) or input.dim() != 2:
+        return _core.gemm_4bit(*arguments)
+    if _core.plan_gemm_4bit(*input.shape, input.dtype == torch.float32, input.is_cuda) == "dequantize":
         _core.check("gemm_4bit", *arguments)
         weight = _core.dequantize_4bit(
             packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None

@@ -95,8 +95,8 @@ fn describe_arg<'py>(py: Python<'py>, arg: &Arg) -> PyResult<Bound<'py, PyDict>>
 /// How `qbits.ops.gemm_4bit` computes a product: "fused" or "dequantize" (decode, then torch's GEMM).
 #[pyfunction]
 #[allow(non_snake_case)]
-fn plan_gemm_4bit(M: i64, is_cuda: bool) -> &'static str {
-    gemm_4bit::path(M, is_cuda)
+fn plan_gemm_4bit(M: i64, K: i64, is_float32: bool, is_cuda: bool) -> &'static str {
+    gemm_4bit::path(M, K, is_float32, is_cuda)
 }
 
 /// Version, kernels, CPU path and devices, for `qbits info` and for result files.
