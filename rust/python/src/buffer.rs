@@ -53,7 +53,7 @@ impl Buffer {
             }
             Some(stream) => {
                 let ready = Event::new(op, stream.device)?;
-                // SAFETY: the stream is the caller's current one, which lives for the call; frees are ordered on it.
+                // SAFETY: the stream is the caller's current one, which lives for the call.
                 let memory = unsafe { Allocation::new(op, num_bytes.max(1), stream) }?;
                 tensor.data = memory.data();
                 Storage::Device { ready, stream, _memory: memory }

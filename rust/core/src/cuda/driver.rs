@@ -72,6 +72,7 @@ driver_table! {
     primary_context_retain = "cuDevicePrimaryCtxRetain" (*mut sys::CUcontext, sys::CUdevice);
     context_get_current = "cuCtxGetCurrent" (*mut sys::CUcontext);
     context_set_current = "cuCtxSetCurrent" (sys::CUcontext);
+    context_synchronize = "cuCtxSynchronize" ();
     exchange_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut c_uint);
     library_load_data = "cuLibraryLoadData" (
         *mut sys::CUlibrary, *const c_void, *mut c_void, *mut c_void, c_uint, *mut c_void, *mut c_void, c_uint
@@ -94,7 +95,7 @@ driver_table! {
     event_record = "cuEventRecord" (sys::CUevent, sys::CUstream);
     event_destroy = "cuEventDestroy_v2" (sys::CUevent);
     memory_alloc_async = "cuMemAllocAsync" (*mut sys::CUdeviceptr, usize, sys::CUstream);
-    memory_free_async = "cuMemFreeAsync" (sys::CUdeviceptr, sys::CUstream);
+    memory_free = "cuMemFree_v2" (sys::CUdeviceptr);
 }
 
 impl Driver {

@@ -1,5 +1,6 @@
 //! Streams, events and stream-ordered memory, for callers that bring none of their own.
 
+use super::driver::SUCCESS;
 use super::runtime;
 use crate::Result;
 use cudarc::driver::sys;
@@ -55,15 +56,15 @@ pub unsafe fn synchronize(op: &str, stream: Stream) -> Result<()> {
     driver.check(op, "cuStreamSynchronize", unsafe { (driver.stream_synchronize)(stream.handle.cast()) })
 }
 
-/// Device memory that is allocated and freed in the order of a stream.
+/// Device memory that is allocated in the order of a stream, and freed when the device is done.
 #[derive(Debug)]
 pub struct Allocation {
     address: sys::CUdeviceptr,
     num_bytes: usize,
-    stream: Stream,
+    device: i32,
 }
 
-// SAFETY: the address and the stream are the driver's names, which it takes from any thread.
+// SAFETY: the address is the driver's name, which it takes from any thread.
 unsafe impl Send for Allocation {}
 // SAFETY: as above; there is no method that writes through `&self`.
 unsafe impl Sync for Allocation {}
@@ -72,8 +73,7 @@ impl Allocation {
     /// Memory that is valid on the stream from now on. No bytes make no allocation.
     ///
     /// # Safety
-    /// `stream.handle` must be a live stream of the device's primary context, or null, until the allocation
-    /// is dropped; and that must happen after every use on another stream was ordered before it.
+    /// `stream.handle` must be a live stream of the device's primary context, or null.
     ///
     /// # Errors
     /// When the driver refuses, most often for want of memory.
@@ -88,7 +88,7 @@ impl Allocation {
                 unsafe { (driver.memory_alloc_async)(&mut address, num_bytes, stream.handle.cast()) };
             driver.check(op, &format!("cuMemAllocAsync({num_bytes} bytes)"), status)?;
         }
-        Ok(Self { address, num_bytes, stream })
+        Ok(Self { address, num_bytes, device: stream.device })
     }
 
     /// First byte; null when there are none.
@@ -100,22 +100,24 @@ impl Allocation {
     pub fn num_bytes(&self) -> usize {
         self.num_bytes
     }
-
-    /// The stream on which it was allocated and will be freed.
-    pub fn stream(&self) -> Stream {
-        self.stream
-    }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
         // What fails here cannot be told: the process is ending, or the device already reported a fault.
         let Ok(runtime) = runtime("drop") else { return };
-        let Ok(gpu) = runtime.gpu("drop", self.stream.device) else { return };
+        let Ok(gpu) = runtime.gpu("drop", self.device) else { return };
         let Ok(_entered) = gpu.enter(&runtime.driver, "drop") else { return };
-        if self.address != 0 {
-            // SAFETY: allocated by `new` and freed only here; the caller of `new` kept the stream alive.
-            let _ = unsafe { (runtime.driver.memory_free_async)(self.address, self.stream.handle.cast()) };
+        if self.address == 0 {
+            return;
+        }
+        // Neither the stream of the allocation, which its owner may have destroyed, nor those of whoever read the
+        // memory are known now. So the device is waited for; where that is refused, as in a capture, the memory leaks.
+        // SAFETY: the device's context is current; allocated by `new` and freed only here, after its last use.
+        unsafe {
+            if (runtime.driver.context_synchronize)() == SUCCESS {
+                let _ = (runtime.driver.memory_free)(self.address);
+            }
         }
     }
 }
@@ -209,15 +211,18 @@ mod tests {
     }
 
     #[test]
-    fn an_allocation_is_freed_once_on_its_stream() {
+    fn an_allocation_is_freed_once_when_the_device_is_done() {
         let recorder = Recorder::install(Machine::with_devices(2));
         let stream = current_stream_for("op", 1).unwrap();
         // SAFETY: the stream is never destroyed.
         let allocation = unsafe { Allocation::new("op", 100, stream) }.unwrap();
         assert_eq!(recorder.allocations(), [(allocation.data() as u64, 100, 1)]);
-        assert_eq!((allocation.num_bytes(), allocation.stream()), (100, stream));
+        assert_eq!(allocation.num_bytes(), 100);
         drop(allocation);
         assert_eq!(recorder.allocations(), []);
+        let calls = recorder.calls();
+        let freed = calls.iter().position(|call| *call == "cuMemFree_v2").unwrap();
+        assert_eq!(calls[freed - 1], "cuCtxSynchronize");
         assert_eq!(recorder.current(), None);
     }
 
@@ -243,13 +248,21 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_cannot_be_waited_for_is_kept() {
+        let recorder = Recorder::install(Machine::h200().failing("cuCtxSynchronize", 900));
+        // SAFETY: the stream is never destroyed.
+        drop(unsafe { Allocation::new("op", 8, current_stream_for("op", 0).unwrap()) }.unwrap());
+        assert_eq!(recorder.allocations().len(), 1);
+    }
+
+    #[test]
     fn drops_do_not_panic_when_the_driver_fails() {
         let recorder = Recorder::install(Machine::h200());
         let stream = current_stream_for("op", 0).unwrap();
         // SAFETY: the stream is never destroyed.
         let allocations = [(); 2].map(|()| unsafe { Allocation::new("op", 8, stream) }.unwrap());
         let event = Event::new("op", 0).unwrap();
-        recorder.fail("cuMemFreeAsync", 700);
+        recorder.fail("cuMemFree_v2", 700);
         recorder.fail("cuEventDestroy", 700);
         let [first, second] = allocations;
         drop(first);
