@@ -31,7 +31,10 @@ def run_python(source: str, **environment: str) -> str:
 
 def fresh_inputs(call: Call) -> None:
     """Other numbers in the same memory, of the same kind."""
-    other = valid_call(call.name, str(next(iter(call.tensors().values())).device), **call.sizes)
+    device = str(next(iter(call.tensors().values())).device)
+    optional = [arg["name"] for arg in call.spec["args"] if arg["role"] == "optional"]
+    is_nested = any(call.args[name] is not None for name in optional)
+    other = valid_call(call.name, device, with_optional=is_nested, **call.sizes)
     for name, tensor in call.tensors().items():
         if tensor.dtype == other.args[name].dtype:
             tensor.copy_(other.args[name])
