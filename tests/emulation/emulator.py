@@ -72,7 +72,7 @@ class Emulator:
     """The compiled modules of one folder."""
 
     def __init__(self, folder: Path, modules: Sequence[str] = QUANTIZERS) -> None:
-        # Modules find the scheduler of their own folder as a dependency; a global one would serve all of them.
+        # Modules find the scheduler of their own folder; a global one would serve all of them.
         self._scheduler = ctypes.CDLL(str(folder / "scheduler.so"))
         self._scheduler.launch.restype = ctypes.c_bool
         self._modules = {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in modules}
