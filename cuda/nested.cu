@@ -1,8 +1,7 @@
 // The second level of nested statistics: absmax values as 8-bit codes around their mean.
 // Dettmers et al., QLoRA, arXiv:2305.14314, section 3 (double quantization).
 //
-// Launch: quantize_absmax_sums, quantize_absmax_offset, quantize_absmax, with the same parameters; n > 0;
-// 4-byte aligned.
+// Launch: quantize_absmax_sums, quantize_absmax_offset, quantize_absmax, with the same parameters; 4-byte aligned.
 //
 //   entry point             threads  elements/CTA  static shared  grid
 //   quantize_absmax_sums        256          8192        32.9 KB  min(ceil_div(n, 8192), 2^31 - 1)
@@ -124,7 +123,7 @@ extern "C" __global__ __launch_bounds__(kOffsetThreads) void quantize_absmax_off
     __syncthreads();
     if (!range.sums_are_exact(num)) sum = sum_in_order(p.run_sums, num, stage);
     if (threadIdx.x == 0) {
-        const float offset = __double2float_rn(__ddiv_rn(sum, double(p.n)));
+        const float offset = __double2float_rn(__ddiv_rn(sum, double(::max(p.n, int64_t(1)))));
         *p.offset = offset == offset ? offset : __uint_as_float(kNanBits);
     }
 }

@@ -225,7 +225,9 @@ def test_load_goes_to_the_device(tmp_path, device):
         meta = make_model()
     for fresh in (meta, zeroed(model), make_quantized("nf4")):
         loaded = qbits.load(tmp_path / "a.safetensors", fresh, device=device)
-        assert {t.device.type for t in loaded.state_dict().values() if t.dim()} == {device}
+        state = loaded.state_dict()
+        headers = [key for key in state if key.endswith("quant_state")]  # JSON, which only the host reads
+        assert {t.device.type for key, t in state.items() if t.dim() and key not in headers} == {device}
         assert_equal_models(model, loaded.cpu())
 
 

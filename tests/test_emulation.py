@@ -172,7 +172,7 @@ def check_quantize_absmax(kernels: Kernels, absmax: Floats) -> None:
     codes.equals(want_codes, f"codes of {n}")
 
 
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 8191, 8193, 70_001])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 8191, 8193, 70_001])
 def test_quantize_absmax_equals_the_reference(kernels, n):
     check_quantize_absmax(kernels, RANDOM.uniform(0.01, 0.1, n).astype(np.float32))
 

@@ -79,7 +79,8 @@ def test_an_8bit_payload_of_the_peer_decodes_to_the_peers_values(device, functio
     x = torch.randn(2**16, device=device).to(dtype_of(dtype))
     codes, state = functional.quantize_blockwise(x, blocksize=256)
     output = ops.dequantize_blockwise(codes, state.absmax, state.code, 256, x.dtype)
-    assert_same_bits(output, functional.dequantize_blockwise(codes, state))
+    state.dtype = torch.float32  # its own rounding to float16 differs from one CPU to another
+    assert_same_bits(output, functional.dequantize_blockwise(codes, state).to(x.dtype))
 
 
 @pytest.mark.gpu

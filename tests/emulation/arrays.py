@@ -27,7 +27,7 @@ class Output:
     def equals(self, want: Array, what: str) -> None:
         """The array has these bits (any NaN for a NaN), and nothing beside it was written."""
         got = self.array
-        same = got.view(np.uint8).reshape(got.size, -1) == want.view(np.uint8).reshape(want.size, -1)
+        same = got.view(np.uint8).reshape(-1, got.itemsize) == want.view(np.uint8).reshape(-1, got.itemsize)
         different = ~same.all(axis=1) & ~(is_nan(got) & is_nan(want))
         assert not different.any(), f"{what}: {different.sum()} of {got.size}, first at {different.argmax()}"
         assert (self._memory[: self._first] == 0xFF).all(), f"{what}: written before the output"
