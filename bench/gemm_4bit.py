@@ -111,7 +111,7 @@ def measure(
         M=M,
         N=N,
         K=K,
-        path=_core.plan_gemm_4bit(M, K, dtype == torch.float32, True),
+        path=_core.plan_gemm_4bit(M, N, K, dtype, 64, 0),
         us=ours.us,
         low_us=ours.low_us,
         high_us=ours.high_us,

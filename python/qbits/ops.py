@@ -219,18 +219,15 @@ def _direct_gemm_4bit(
     absmax_codebook: Any = None,
     output: Any = None,
 ) -> Any:
-    """The fused kernel, or decode and torch's GEMM, as the one rule in `_core.plan_gemm_4bit` says."""
+    """The fused kernel, or decode and torch's GEMM where the rule in the core declines."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
     arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-    if not isinstance(input, Tensor) or input.dim() != 2:
-        return _core.gemm_4bit(*arguments)
-    if _core.plan_gemm_4bit(*input.shape, input.dtype == torch.float32, input.is_cuda) == "dequantize":
-        _core.check("gemm_4bit", *arguments)
-        weight = _core.dequantize_4bit(
-            packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None
-        )
-        return _dense_product(input, weight.view(N, K), bias, output)
-    return _core.gemm_4bit(*arguments)
+    result = _core.gemm_4bit(*arguments)
+    if result is not NotImplemented:
+        return result
+    _core.check("gemm_4bit", *arguments)
+    weight = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None)
+    return _dense_product(input, weight.view(N, K), bias, output)
 
 
 def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None) -> Tensor:

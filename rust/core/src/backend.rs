@@ -13,6 +13,14 @@ pub trait Run<Op> {
     /// The op must have been bound from values that `check_inputs` and `check_outputs` accepted, and the memory behind
     /// its tensors must be live, initialized where it is read, and untouched by others until the work is done.
     unsafe fn run(&self, op: &Op) -> Result<()>;
+
+    /// Whether the caller's framework computes the op faster by ops of its own, where it has them.
+    const MAY_DECLINE: bool = false;
+
+    /// Whether it does so for this call, whose outputs may have no memory yet.
+    fn declines(&self, _op: &Op) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// Host memory: loops over slices.
@@ -38,6 +46,9 @@ pub enum Backend {
     Cuda(Cuda),
 }
 
+/// Asks a backend about a call whose inputs were checked.
+pub type Question = fn(&[Value], &Backend) -> Result<bool>;
+
 /// One row of the list of ops: the declaration, and the call with values that it has accepted.
 #[derive(Debug)]
 pub struct Op {
@@ -45,6 +56,8 @@ pub struct Op {
     pub compiled: fn() -> &'static Compiled,
     /// Binds the values and runs the op. Safety: as [`Run::run`].
     pub run: unsafe fn(&[Value], &Backend) -> Result<()>,
+    /// Binds the values and asks [`Run::declines`]; None where the op never does.
+    pub declines: Option<Question>,
 }
 
 /// # Safety
@@ -64,10 +77,26 @@ where
     }
 }
 
+fn declines<O: Bind>(values: &[Value], backend: &Backend) -> Result<bool>
+where
+    Cpu: Run<O>,
+    Cuda: Run<O>,
+{
+    let op = O::from_checked(values);
+    match backend {
+        Backend::Cpu(cpu) => cpu.declines(&op),
+        Backend::Cuda(cuda) => cuda.declines(&op),
+    }
+}
+
 macro_rules! ops {
     ($($Op:ty),+ $(,)?) => {
         /// Every op of the crate.
-        pub static OPS: &[Op] = &[$(Op { compiled: <$Op as Bind>::compiled, run: run::<$Op> }),+];
+        pub static OPS: &[Op] = &[$(Op {
+            compiled: <$Op as Bind>::compiled,
+            run: run::<$Op>,
+            declines: if <Cuda as Run<$Op>>::MAY_DECLINE { Some(declines::<$Op>) } else { None },
+        }),+];
     };
 }
 

@@ -49,7 +49,8 @@ pub fn num_threads(py: Python<'_>) -> PyResult<usize> {
     }
 }
 
-/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
+/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None. Answers
+/// NotImplemented where torch computes the result faster by other ops, and does nothing then.
 pub fn call<'a, 'py>(
     py: Python<'py>,
     op: &'static Op,
@@ -57,6 +58,9 @@ pub fn call<'a, 'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     with_values(py, op, args, |values, symbols, items, loans| {
         let compiled = (op.compiled)();
+        if declines(py, op, values, symbols, loans)? {
+            return Ok(py.NotImplemented().into_bound(py));
+        }
         let mut results = Results::default();
         for (i, arg) in compiled.spec.args.iter().enumerate() {
             match (arg.role, &values[i]) {
@@ -71,6 +75,34 @@ pub fn call<'a, 'py>(
         run(py, op, values, symbols, loans)?;
         results.finish(py, loans)
     })
+}
+
+/// Whether the op would rather not run, and the results are torch's.
+fn declines(
+    py: Python<'_>,
+    op: &Op,
+    values: &[Value],
+    symbols: &Symbols,
+    loans: &mut Loans,
+) -> PyResult<bool> {
+    let Some(declines) = op.declines.filter(|_| loans.are_torch()) else { return Ok(false) };
+    let compiled = (op.compiled)();
+    let backend = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
+        Device::Cpu => Backend::Cpu(Cpu { num_threads: 1 }),
+        Device::Cuda(ordinal) => {
+            Backend::Cuda(Cuda { stream: loans.stream(py, compiled.spec.name, ordinal)? })
+        }
+    };
+    let mut values: [Value; MAX_ARGS] =
+        std::array::from_fn(|i| values.get(i).copied().unwrap_or(Value::Absent));
+    for (i, arg) in compiled.spec.args.iter().enumerate() {
+        // what a caller gave as an output is checked later, where the op runs
+        if matches!(arg.role, Role::Out(..) | Role::Scratch(_)) {
+            let wanted = compiled.output(i, &values[..compiled.spec.args.len()], symbols);
+            values[i] = Value::Tensor(wanted.map_err(|error| raise(py, error))?);
+        }
+    }
+    declines(&values[..compiled.spec.args.len()], &backend).map_err(|error| raise(py, error))
 }
 
 /// Checks the arguments of an op as a call would, and runs nothing. Outputs are checked if all of them are given.
@@ -141,7 +173,7 @@ fn convert<'a>(
         Role::OneOfStr(_) => {
             object.cast::<PyString>().ok().map(|word| word.to_str()).transpose()?.map(Value::Str)
         }
-        Role::OneOfDtype(_) => dtype(object)?.map(Value::Dtype),
+        Role::OneOfDtype(_) => to_dtype(object)?.map(Value::Dtype),
         _ => loans.borrow(op, arg.name, object)?.map(Value::Tensor),
     };
     Ok(value.unwrap_or_else(|| {
@@ -157,7 +189,7 @@ fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
 }
 
 /// The dtype that `object` names: a word, or an object whose text ends in one, as `torch.float32` does.
-fn dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
+pub fn to_dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
     let address = object.as_ptr() as usize;
     let known =
         DTYPE_OBJECTS.with_borrow(|seen| seen.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
@@ -246,11 +278,10 @@ impl<'py> Results<'py> {
         let op = compiled.spec.name;
         let wanted = compiled.output(index, values, symbols).map_err(|error| raise(py, error))?;
         let (object, tensor) = match loans.first {
-            Some(Lender::Exchange(ExchangeApi {
-                allocate: Some(allocate),
-                to_object: Some(to_object),
-                ..
-            })) => allocate_exchange(py, *allocate, *to_object, &wanted)?,
+            Some(Lender::Exchange(
+                ExchangeApi { allocate: Some(allocate), to_object: Some(to_object), .. },
+                _,
+            )) => allocate_exchange(py, *allocate, *to_object, &wanted)?,
             Some(Lender::Capsule(Framework::Torch)) => allocate_torch(py, op, &wanted, loans)?,
             _ => {
                 let stream = match wanted.device {

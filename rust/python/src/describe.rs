@@ -1,13 +1,14 @@
 //! What Python derives things from: the declarations as data, the dispatch rule, and the state of the machine.
 
-use crate::call::num_threads;
+use crate::call::{num_threads, to_dtype};
 use crate::exception::raise;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use qbits_core::backend::OPS;
 use qbits_core::cpu::Isa;
 use qbits_core::cuda;
-use qbits_core::ops::gemm_4bit;
+use qbits_core::ops::gemm_4bit::Problem;
 use qbits_core::spec::{Arg, Of, Role, Rule};
 use qbits_core::{Dtype, Error};
 
@@ -92,11 +93,26 @@ fn describe_arg<'py>(py: Python<'py>, arg: &Arg) -> PyResult<Bound<'py, PyDict>>
     Ok(entry)
 }
 
-/// How `qbits.ops.gemm_4bit` computes a product: "fused" or "dequantize" (decode, then torch's GEMM).
+/// How `qbits.ops.gemm_4bit` computes a product on `cuda:{device}`, or on the CPU for -1: the name of a family of fused
+/// kernels, "cpu" for the fused loop, or "dequantize" (decode, then torch's GEMM). Operands are taken as aligned.
 #[pyfunction]
 #[allow(non_snake_case)]
-fn plan_gemm_4bit(M: i64, K: i64, is_float32: bool, is_cuda: bool) -> &'static str {
-    gemm_4bit::path(M, K, is_float32, is_cuda)
+fn plan_gemm_4bit(
+    M: i64,
+    N: i64,
+    K: i64,
+    dtype: &Bound<'_, PyAny>,
+    block_size: i64,
+    device: i32,
+) -> PyResult<&'static str> {
+    let py = dtype.py();
+    let fail = |error: Error| raise(py, error);
+    let Some(dtype) = to_dtype(dtype)? else {
+        return Err(PyTypeError::new_err("qbits::plan_gemm_4bit: dtype must be a dtype, got another object"));
+    };
+    let problem = Problem { m: M, n: N, k: K, dtype, block_size, is_aligned: true };
+    let limits = (device >= 0).then(|| cuda::limits("gemm_4bit", device)).transpose().map_err(fail)?;
+    Ok(problem.fastest(limits, cuda::forced_family("gemm_4bit").map_err(fail)?).name())
 }
 
 /// Version, kernels, CPU path and devices, for `qbits info` and for result files.

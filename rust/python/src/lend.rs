@@ -18,7 +18,7 @@ use std::ptr::NonNull;
 #[derive(Clone, Copy, Debug)]
 pub enum Lender {
     /// Through the C exchange API.
-    Exchange(&'static ExchangeApi),
+    Exchange(&'static ExchangeApi, Framework),
     /// Through `__dlpack__`.
     Capsule(Framework),
     /// A subclass of torch.Tensor that has its own dispatch (fake, functional, distributed tensors).
@@ -71,21 +71,22 @@ fn classify(class: &Bound<'_, PyAny>) -> PyResult<Lender> {
     if is_torch && !has_plain_dispatch(class)? {
         return Ok(Lender::Subclass);
     }
+    let framework = match top {
+        _ if is_torch => Framework::Torch,
+        "cupy" => Framework::Cupy,
+        "jax" | "jaxlib" => Framework::Jax,
+        _ => Framework::Other,
+    };
     let forced = std::env::var("QBITS_DLPACK").is_ok_and(|value| value == "capsule");
     if !forced && let Ok(capsule) = class.getattr("__dlpack_c_exchange_api__") {
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let table = capsule.pointer_checked(Some(c"dlpack_exchange_api"))?;
         // SAFETY: DLPack demands that the tables behind this capsule live as long as the process.
         if let Some(api) = unsafe { ExchangeApi::find(table.as_ptr().cast()) } {
-            return Ok(Lender::Exchange(api));
+            return Ok(Lender::Exchange(api, framework));
         }
     }
-    Ok(Lender::Capsule(match top {
-        _ if is_torch => Framework::Torch,
-        "cupy" => Framework::Cupy,
-        "jax" | "jaxlib" => Framework::Jax,
-        _ => Framework::Other,
-    }))
+    Ok(Lender::Capsule(framework))
 }
 
 /// The class keeps torch.Tensor's dispatch: then its memory is its own.
@@ -128,7 +129,7 @@ impl Loans {
                 let rule = "be a plain tensor";
                 return Err(refuse(py, op, arg, &Refusal { kind: ErrorKind::Traced, rule, got }));
             }
-            Lender::Exchange(api) => {
+            Lender::Exchange(api, _) => {
                 let tensor = borrow_view(api, op, arg, object)?;
                 refuse_lazy_negation(py, op, arg, object, &tensor)?;
                 tensor
@@ -139,13 +140,18 @@ impl Loans {
         Ok(Some(tensor))
     }
 
+    /// The results are torch's.
+    pub fn are_torch(&self) -> bool {
+        matches!(self.first, Some(Lender::Exchange(_, Framework::Torch) | Lender::Capsule(Framework::Torch)))
+    }
+
     /// The stream of the caller's framework on `device`.
     pub fn stream(&mut self, py: Python<'_>, op: &'static str, device: i32) -> PyResult<Stream> {
         if let Some(stream) = self.stream {
             return Ok(stream);
         }
         let stream = match self.first {
-            Some(Lender::Exchange(api)) => {
+            Some(Lender::Exchange(api, _)) => {
                 let mut handle: *mut c_void = std::ptr::null_mut();
                 let current = api.current_stream.ok_or_else(|| PyTypeError::new_err("no current stream"))?;
                 // SAFETY: a function of a live exchange table, with a valid place for the result.

@@ -7,12 +7,28 @@ use std::sync::OnceLock;
 /// Which kernels an op uses where it has several families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    /// wgmma and TMA; Hopper only.
-    Sm90,
-    /// mma.sync and cp.async; Ampere and later.
-    Sm80,
+    /// Few rows of input, mma.sync; Ampere and later.
+    Skinny,
+    /// Dozens of rows, wgmma; Hopper only.
+    Mid,
+    /// Many rows, wgmma; Hopper only.
+    Large,
     /// Plain arithmetic; every GPU.
     Simt,
+}
+
+impl Family {
+    const ALL: [Self; 4] = [Self::Skinny, Self::Mid, Self::Large, Self::Simt];
+
+    /// As `QBITS_FORCE_FAMILY` and printed plans have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Skinny => "skinny",
+            Self::Mid => "mid",
+            Self::Large => "large",
+            Self::Simt => "simt",
+        }
+    }
 }
 
 /// What the environment asks for.
@@ -32,10 +48,9 @@ impl Settings {
             let refusal = || format!("{name} must be unset or {}, got {value:?}", choices.join(", "));
             index.map(Some).ok_or_else(refusal)
         };
-        let families = [Family::Sm90, Family::Sm80, Family::Simt];
+        let families = Family::ALL.map(Family::name);
         Ok(Self {
-            force_family: choose("QBITS_FORCE_FAMILY", &["sm90", "sm80", "simt"])?
-                .map(|index| families[index]),
+            force_family: choose("QBITS_FORCE_FAMILY", &families)?.map(|index| Family::ALL[index]),
             full_check: choose("QBITS_CHECK", &["full"])?.is_some(),
             print_plans: choose("QBITS_PRINT_PLANS", &["0", "1"])? == Some(1),
         })
@@ -56,7 +71,7 @@ pub(super) fn settings(op: &str) -> Result<Settings> {
     }
 }
 
-/// The family that `QBITS_FORCE_FAMILY` selects: `sm90`, `sm80` or `simt`.
+/// The family that `QBITS_FORCE_FAMILY` selects: `skinny`, `mid`, `large` or `simt`.
 ///
 /// # Errors
 /// When a `QBITS_` variable of the CUDA backend has a value outside its set.
@@ -83,9 +98,9 @@ mod tests {
 
     #[test]
     fn each_family_can_be_forced() {
-        for (value, family) in [("sm90", Family::Sm90), ("sm80", Family::Sm80), ("simt", Family::Simt)] {
+        for family in Family::ALL {
             let settings = Settings { force_family: Some(family), ..Settings::default() };
-            assert_eq!(read(&[("QBITS_FORCE_FAMILY", value)]), Ok(settings));
+            assert_eq!(read(&[("QBITS_FORCE_FAMILY", family.name())]), Ok(settings));
         }
     }
 
@@ -100,7 +115,7 @@ mod tests {
         let refused = |name, value| read(&[(name, value)]).unwrap_err();
         assert_eq!(
             refused("QBITS_FORCE_FAMILY", "sm70"),
-            "QBITS_FORCE_FAMILY must be unset or sm90, sm80, simt, got \"sm70\""
+            "QBITS_FORCE_FAMILY must be unset or skinny, mid, large, simt, got \"sm70\""
         );
         assert_eq!(refused("QBITS_CHECK", "some"), "QBITS_CHECK must be unset or full, got \"some\"");
         assert_eq!(
