@@ -24,6 +24,8 @@ pub struct Limits {
     pub shared_bytes_optin: u32,
     /// Blocks of a grid.
     pub max_grid_x: u64,
+    /// Blocks of a cluster that every such device runs; 1 where there are no clusters.
+    pub max_cluster: u32,
     /// Memory of the device.
     pub total_bytes: usize,
 }
@@ -38,8 +40,12 @@ pub(crate) const H200: Limits = Limits {
     registers_per_block: 65_536,
     shared_bytes_optin: 232_448,
     max_grid_x: 2_147_483_647,
+    max_cluster: 8,
     total_bytes: 150_000_000_000,
 };
+
+/// Blocks of a cluster that every GPU with clusters schedules (CUDA programming guide, thread block clusters).
+const PORTABLE_CLUSTER: u32 = 8;
 
 /// One device, as far as it was needed until now.
 pub(super) struct Gpu {
@@ -80,6 +86,10 @@ impl Gpu {
             registers_per_block: count(Attribute::CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK)?,
             shared_bytes_optin: count(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             max_grid_x: count(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?.into(),
+            max_cluster: match count(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? {
+                0 => 1,
+                _ => PORTABLE_CLUSTER,
+            },
             total_bytes,
         };
         let mut name: [c_char; 256] = [0; 256];

@@ -1,5 +1,6 @@
 //! The driver calls that qbits makes: a table of functions, resolved from libcuda at the first use.
 
+use super::TensorMap;
 use crate::{Error, ErrorKind, Result};
 use cudarc::driver::sys;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -94,6 +95,10 @@ driver_table! {
     event_create = "cuEventCreate" (*mut sys::CUevent, c_uint);
     event_record = "cuEventRecord" (sys::CUevent, sys::CUstream);
     event_destroy = "cuEventDestroy_v2" (sys::CUevent);
+    encode_tiled = "cuTensorMapEncodeTiled" (
+        *mut TensorMap, c_uint, u32, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint,
+        c_uint, c_uint
+    );
     memory_alloc_async = "cuMemAllocAsync" (*mut sys::CUdeviceptr, usize, sys::CUstream);
     memory_free = "cuMemFree_v2" (sys::CUdeviceptr);
 }

@@ -3,7 +3,7 @@
 use super::driver::Driver;
 use super::module::Kernel;
 use super::settings::{Settings, settings};
-use super::{Runtime, Stream, runtime};
+use super::{Limits, Runtime, Stream, runtime};
 use crate::{Dtype, Error, ErrorKind, Result};
 use cudarc::driver::sys::{self, CUpointer_attribute as Attribute};
 use std::ffi::{c_uint, c_void};
@@ -50,12 +50,30 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster; 1 where there are none.
+    pub cluster: u32,
+    /// The kernel may start before earlier work of the stream has ended, because it waits for that itself.
+    pub dependent: bool,
+}
+
+impl Launch {
+    /// Without dynamic shared memory, clusters and overlap.
+    pub const fn new(symbol: Symbol, grid: u64, threads: u32) -> Self {
+        Self { symbol, grid, threads, shared_bytes: 0, cluster: 1, dependent: false }
+    }
 }
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { symbol, grid, threads, shared_bytes } = self;
-        write!(f, "{symbol}<<<{grid}, {threads}, {shared_bytes}>>>")
+        let Self { symbol, grid, threads, shared_bytes, cluster, dependent } = self;
+        write!(f, "{symbol}<<<{grid}, {threads}, {shared_bytes}")?;
+        if *cluster != 1 {
+            write!(f, ", cluster {cluster}")?;
+        }
+        if *dependent {
+            write!(f, ", dependent")?;
+        }
+        f.write_str(">>>")
     }
 }
 
@@ -105,12 +123,13 @@ impl Runtime {
             let _ = writeln!(std::io::stderr(), "{launch}");
         }
         let kernel = self.kernel(op, launch.symbol, gpu)?;
-        check_plan(op, launch, &kernel, param_bytes, gpu.limits.max_grid_x)?;
+        check_plan(op, launch, &kernel, param_bytes, &gpu.limits)?;
         let driver = &self.driver;
         let _entered = gpu.enter(driver, op)?;
         if settings.full_check {
             check_stream(driver, op, stream, gpu.context(driver, op)?)?;
         }
+        let (mut attributes, num_attributes) = attributes(launch);
         let config = sys::CUlaunchConfig {
             // `check_plan` compared it with the device's limit, which is below 2^31.
             gridDimX: launch.grid as c_uint,
@@ -121,8 +140,8 @@ impl Runtime {
             blockDimZ: 1,
             sharedMemBytes: launch.shared_bytes,
             hStream: stream.handle.cast(),
-            attrs: std::ptr::null_mut(),
-            numAttrs: 0,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: num_attributes,
         };
         let mut argument = params.cast_mut();
         // SAFETY: the kernel takes one parameter of `param_bytes`, which `check_plan` compared and the driver
@@ -138,15 +157,51 @@ impl Runtime {
     }
 }
 
+/// The launch's attributes, and how many of them count.
+#[inline]
+fn attributes(launch: &Launch) -> ([sys::CUlaunchAttribute; 2], c_uint) {
+    use sys::CUlaunchAttributeID as Id;
+    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let none = || attribute(Id::CU_LAUNCH_ATTRIBUTE_IGNORE, sys::CUlaunchAttributeValue { pad: [0; 64] });
+    let (mut attributes, mut count) = ([none(), none()], 0);
+    if launch.cluster != 1 {
+        let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+        value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+        attributes[count] = attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value);
+        count += 1;
+    }
+    if launch.dependent {
+        let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+        value.programmaticStreamSerializationAllowed = 1;
+        attributes[count] = attribute(Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value);
+        count += 1;
+    }
+    (attributes, count as c_uint)
+}
+
 /// What is wrong with a plan, where something is.
 #[inline]
-fn check_plan(op: &str, launch: &Launch, kernel: &Kernel, param_bytes: usize, max_grid: u64) -> Result<()> {
+fn check_plan(op: &str, launch: &Launch, kernel: &Kernel, param_bytes: usize, limits: &Limits) -> Result<()> {
     let refuse = |what: &str, most: u64, got: u64| {
         let message = format!("qbits::{op}: {what} of {} must be at most {most}, got {got}", launch.symbol);
         Err(Error::new(ErrorKind::Value, message))
     };
-    if launch.grid > max_grid {
-        return refuse("grid", max_grid, launch.grid);
+    if launch.grid > limits.max_grid_x {
+        return refuse("grid", limits.max_grid_x, launch.grid);
+    }
+    if launch.cluster > limits.max_cluster {
+        return refuse("cluster", limits.max_cluster.into(), launch.cluster.into());
+    }
+    if launch.cluster == 0 || !launch.grid.is_multiple_of(launch.cluster.into()) {
+        let (symbol, cluster, grid) = (launch.symbol, launch.cluster, launch.grid);
+        let rule = format!("grid of {symbol} must be a multiple of its cluster of {cluster}, got {grid}");
+        return Err(Error::new(ErrorKind::Value, format!("qbits::{op}: {rule}")));
+    }
+    if launch.dependent && limits.capability < (9, 0) {
+        let (symbol, (major, minor)) = (launch.symbol, limits.capability);
+        let rule = format!("a dependent launch of {symbol} must have compute capability 9.0 or more");
+        let message = format!("qbits::{op}: {rule}, got {major}.{minor}");
+        return Err(Error::new(ErrorKind::UnsupportedHardware, message));
     }
     if launch.threads == 0 {
         let message = format!("qbits::{op}: threads of {} must be at least 1, got 0", launch.symbol);

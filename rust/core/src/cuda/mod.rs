@@ -6,6 +6,7 @@ mod launch;
 mod module;
 mod settings;
 mod stream;
+mod tensor_map;
 
 #[cfg(test)]
 mod build_rules;
@@ -19,8 +20,9 @@ pub use launch::{Launch, Memory, Params, Symbol, check_memory, full_check, launc
 pub use module::{ARCHS, Image, KernelInfo, SOURCE_HASH, images, param_bytes};
 pub use settings::{Family, forced_family};
 pub use stream::{Allocation, Event, Stream, current_stream_for, synchronize};
+pub use tensor_map::{MAX_MAP_RANK, Swizzle, TensorMap, Tiled};
 
-use crate::Result;
+use crate::{Dtype, Result};
 use device::Gpus;
 use driver::{Driver, Refusal};
 use module::Modules;

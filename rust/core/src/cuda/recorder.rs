@@ -71,6 +71,8 @@ impl Machine {
 pub(crate) struct Launched {
     pub kernel: String,
     pub grid: u32,
+    pub cluster: u32,
+    pub dependent: bool,
     pub threads: u32,
     pub shared_bytes: u32,
     pub stream: usize,

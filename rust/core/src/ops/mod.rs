@@ -37,7 +37,7 @@ pub(crate) use with_float;
 /// A launch over `n` elements, `per_block` to a thread block, without dynamic shared memory.
 fn launch_over(symbol: Symbol, n: i64, per_block: u64, threads: u32) -> Launch {
     let grid = (n as u64).div_ceil(per_block).min(MAX_GRID);
-    Launch { symbol, grid, threads, shared_bytes: 0 }
+    Launch::new(symbol, grid, threads)
 }
 
 /// The kernel of `family` for a dtype.

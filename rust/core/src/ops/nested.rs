@@ -55,11 +55,8 @@ impl QuantizeAbsmax {
     /// Sums of runs, their mean, codes: each kernel reads what the one before it wrote.
     fn plan(&self) -> [Launch; 3] {
         let blocks = |per_block: u64| (self.absmax.len() as u64).div_ceil(per_block).clamp(1, MAX_GRID);
-        let launch = |family, grid, threads| Launch {
-            symbol: Symbol { family, dtype: None, codebook: "", number: 0 },
-            grid,
-            threads,
-            shared_bytes: 0,
+        let launch = |family, grid, threads| {
+            Launch::new(Symbol { family, dtype: None, codebook: "", number: 0 }, grid, threads)
         };
         [
             launch("quantize_absmax_sums", blocks(8192), 256),

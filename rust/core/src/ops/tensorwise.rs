@@ -143,13 +143,13 @@ fn num_blocks(dtype: Dtype, n: i64, most: u64) -> u64 {
 
 fn plan_absmax(dtype: Dtype, n: i64) -> Launch {
     let grid = num_blocks(dtype, n, MAX_PARTIALS);
-    Launch { symbol: symbol("quantize_absmax_of", dtype), grid, threads: THREADS, shared_bytes: 0 }
+    Launch::new(symbol("quantize_absmax_of", dtype), grid, THREADS)
 }
 
 /// Four thread blocks fill a multiprocessor; each builds its table of codes once and walks on.
 fn plan_encode(dtype: Dtype, n: i64, limits: &Limits) -> Launch {
     let grid = num_blocks(dtype, n, 4 * u64::from(limits.num_sms));
-    Launch { symbol: symbol("quantize", dtype), grid, threads: THREADS, shared_bytes: 0 }
+    Launch::new(symbol("quantize", dtype), grid, THREADS)
 }
 
 impl Run<Quantize> for Cuda {

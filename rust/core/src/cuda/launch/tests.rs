@@ -17,7 +17,7 @@ unsafe impl Params for CopyParams {}
 
 const OP: &str = "copy";
 const SYMBOL: Symbol = Symbol { family: "copy", dtype: Some(Dtype::Float32), codebook: "", number: 64 };
-const PLAN: Launch = Launch { symbol: SYMBOL, grid: 10, threads: 256, shared_bytes: 0 };
+const PLAN: Launch = Launch::new(SYMBOL, 10, 256);
 const PARAMS: CopyParams = CopyParams { input: 0x10, output: 0x20, n: 640 };
 
 fn machine() -> Machine {
@@ -45,6 +45,8 @@ fn symbols_join_what_they_have() {
     assert_eq!(Symbol { dtype: None, codebook: "", ..symbol }.to_string(), "quantize_4bit_64");
     assert_eq!(Symbol { number: 0, ..symbol }.to_string(), "quantize_4bit_bfloat16_nf4");
     assert_eq!(PLAN.to_string(), "copy_float32_64<<<10, 256, 0>>>");
+    let clustered = Launch { cluster: 2, dependent: true, ..PLAN };
+    assert_eq!(clustered.to_string(), "copy_float32_64<<<10, 256, 0, cluster 2, dependent>>>");
 }
 
 #[test]
@@ -58,6 +60,53 @@ fn a_launch_reaches_the_driver_as_planned() {
     assert_eq!((launched.shared_bytes, launched.stream, launched.device), (4096, 0x77, 0));
     let expected: Vec<u8> = [0x10, 0x20, 640_u64].iter().flat_map(|word| word.to_ne_bytes()).collect();
     assert_eq!(launched.params, expected);
+}
+
+#[test]
+fn clusters_and_overlap_reach_the_driver_as_attributes() {
+    let recorder = Recorder::install(machine());
+    for (cluster, dependent) in [(1, false), (5, false), (1, true), (2, true)] {
+        launch_copy(Launch { cluster, dependent, ..PLAN }, 0).unwrap();
+        let launched = recorder.launches().pop().unwrap();
+        assert_eq!((launched.cluster, launched.dependent, launched.grid), (cluster, dependent, 10));
+    }
+}
+
+#[test]
+fn a_cluster_beyond_the_device_is_refused() {
+    let mut machine = machine();
+    let recorder = Recorder::install(machine.clone());
+    launch_copy(Launch { grid: 16, cluster: 8, ..PLAN }, 0).unwrap();
+    let expected = "qbits::copy: cluster of copy_float32_64 must be at most 8, got 16";
+    assert_eq!(message(launch_copy(Launch { grid: 16, cluster: 16, ..PLAN }, 0)), expected);
+    assert_eq!(recorder.launches().len(), 1);
+    machine.devices[0].max_cluster = 1;
+    let recorder = Recorder::install(machine);
+    let expected = "qbits::copy: cluster of copy_float32_64 must be at most 1, got 2";
+    assert_eq!(message(launch_copy(Launch { cluster: 2, ..PLAN }, 0)), expected);
+    assert_eq!(recorder.launches(), []);
+}
+
+#[test]
+fn a_grid_that_clusters_do_not_fill_is_refused() {
+    let recorder = Recorder::install(machine());
+    for cluster in [0, 4] {
+        let rule = "qbits::copy: grid of copy_float32_64 must be a multiple of its cluster";
+        let expected = format!("{rule} of {cluster}, got 10");
+        assert_eq!(message(launch_copy(Launch { cluster, ..PLAN }, 0)), expected);
+    }
+    assert_eq!(recorder.launches(), []);
+}
+
+#[test]
+fn a_dependent_launch_is_refused_before_hopper() {
+    let mut machine = machine();
+    machine.devices[0].capability = (8, 9);
+    let recorder = Recorder::install(machine);
+    let expected = "qbits::copy: a dependent launch of copy_float32_64 must have compute capability 9.0 or more, \
+                    got 8.9";
+    assert_eq!(message(launch_copy(Launch { dependent: true, ..PLAN }, 0)), expected);
+    assert_eq!(recorder.launches(), []);
 }
 
 #[test]

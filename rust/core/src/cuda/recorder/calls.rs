@@ -2,7 +2,7 @@
 
 use super::{CAPTURE_MODE, CURRENT, Launched, STAND, State, context_of, device_of};
 use crate::cuda::driver::{Driver, SUCCESS, Status};
-use crate::cuda::{Image, Limits};
+use crate::cuda::{Image, Limits, MAX_MAP_RANK, TensorMap};
 use cudarc::driver::sys::{
     self, CUdevice_attribute as DeviceAttribute, CUfunction_attribute as KernelAttribute,
 };
@@ -168,9 +168,12 @@ stand_ins! {
             return INVALID_HANDLE;
         };
         let config = config.read();
+        let (cluster, dependent) = attributes_of(&config);
         state.launches.push(Launched {
             kernel: info.name.into(),
             grid: config.gridDimX,
+            cluster,
+            dependent,
             threads: config.blockDimX,
             shared_bytes: config.sharedMemBytes,
             stream: config.hStream as usize,
@@ -215,6 +218,28 @@ stand_ins! {
     };
     event_record(_event: sys::CUevent, _stream: sys::CUstream) = "cuEventRecord", |_state| SUCCESS;
     event_destroy(_event: sys::CUevent) = "cuEventDestroy", |_state| SUCCESS;
+    encode_tiled(
+        map: *mut TensorMap, dtype: c_uint, rank: u32, address: *mut c_void, dims: *const u64,
+        strides: *const u64, box_dims: *const u32, element_strides: *const u32, interleave: c_uint,
+        swizzle: c_uint, l2_promotion: c_uint, fill: c_uint
+    ) = "cuTensorMapEncodeTiled", |_state| {
+        let rank = rank as usize;
+        assert!((1..=MAX_MAP_RANK).contains(&rank) && (map as usize).is_multiple_of(64));
+        let (dims, box_dims) = (slice(dims, rank), slice(box_dims, rank));
+        let strides = slice(strides, rank - 1);
+        assert_eq!((slice(element_strides, rank), interleave, fill), (&[1; MAX_MAP_RANK][..rank], 0, 0));
+        match is_tiled_map(dtype, address as usize, dims, strides, box_dims, swizzle) {
+            false => INVALID_VALUE,
+            true => {
+                let head = [address as u64, u64::from(dtype), u64::from(swizzle), u64::from(l2_promotion)];
+                let box_dims = box_dims.iter().map(|size| u64::from(*size));
+                let words = head.into_iter().chain(dims.iter().copied()).chain(strides.iter().copied());
+                let mut written = TensorMap::default();
+                written.0.iter_mut().zip(words.chain(box_dims)).for_each(|(word, value)| *word = value);
+                put(map, written)
+            }
+        }
+    };
     memory_alloc_async(
         address: *mut sys::CUdeviceptr, bytes: usize, _stream: sys::CUstream
     ) = "cuMemAllocAsync", |state| {
@@ -231,9 +256,74 @@ stand_ins! {
     };
 }
 
+/// `len` numbers of the caller.
+///
+/// # Safety
+/// As for libcuda: there are as many.
+unsafe fn slice<'a, T>(data: *const T, len: usize) -> &'a [T] {
+    if len == 0 {
+        &[]
+    } else {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(data, len) }
+    }
+}
+
+/// What libcuda accepts (cuTensorMapEncodeTiled, without interleave), as far as qbits asks for it.
+fn is_tiled_map(
+    dtype: c_uint,
+    address: usize,
+    dims: &[u64],
+    strides: &[u64],
+    box_dims: &[u32],
+    swizzle: c_uint,
+) -> bool {
+    let element_bytes = match dtype {
+        0 => 1,         // uint8
+        1 | 6 | 9 => 2, // uint16, float16, bfloat16
+        2 | 3 | 7 => 4, // uint32, int32, float32
+        _ => return false,
+    };
+    let inner_bytes = u64::from(box_dims[0]) * element_bytes;
+    let span = [u64::MAX, 32, 64, 128][swizzle as usize];
+    address.is_multiple_of(16)
+        && dims.iter().all(|size| (1..=1 << 32).contains(size))
+        && strides.iter().all(|bytes| bytes.is_multiple_of(16) && *bytes < 1 << 40)
+        && box_dims.iter().all(|size| (1..=256).contains(size))
+        && inner_bytes.is_multiple_of(16)
+        && inner_bytes <= span
+}
+
+/// Blocks of a cluster, and whether the launch may overlap earlier work. An attribute twice, or another one, is a mistake.
+///
+/// # Safety
+/// `config` holds as many attributes as it says.
+unsafe fn attributes_of(config: &sys::CUlaunchConfig) -> (u32, bool) {
+    use sys::CUlaunchAttributeID as Id;
+    let (mut cluster, mut dependent) = (None, None);
+    for index in 0..config.numAttrs as usize {
+        // SAFETY: the caller's promise; the id says which field of the union was written.
+        let previous = unsafe {
+            let attribute = config.attrs.add(index).read();
+            match attribute.id {
+                Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION => {
+                    assert_eq!((attribute.value.clusterDim.y, attribute.value.clusterDim.z), (1, 1));
+                    cluster.replace(attribute.value.clusterDim.x)
+                }
+                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION => {
+                    dependent.replace(attribute.value.programmaticStreamSerializationAllowed as u32)
+                }
+                other => panic!("no launch of qbits has {other:?}"),
+            }
+        };
+        assert_eq!(previous, None, "each attribute once");
+    }
+    (cluster.unwrap_or(1), dependent.unwrap_or(0) != 0)
+}
+
 fn device_attribute_of(limits: &Limits, attribute: c_uint) -> c_int {
     use DeviceAttribute as A;
-    let table: [(A, i64); 7] = [
+    let table: [(A, i64); 8] = [
         (A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, limits.capability.0.into()),
         (A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, limits.capability.1.into()),
         (A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, limits.num_sms.into()),
@@ -241,6 +331,7 @@ fn device_attribute_of(limits: &Limits, attribute: c_uint) -> c_int {
         (A::CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK, limits.registers_per_block.into()),
         (A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, limits.shared_bytes_optin.into()),
         (A::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X, limits.max_grid_x as i64),
+        (A::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, (limits.max_cluster > 1).into()),
     ];
     let found = table.iter().find(|(known, _)| *known as c_uint == attribute);
     found.map_or(0, |(_, value)| *value as c_int)

@@ -78,12 +78,9 @@ pub(super) fn plan_mma(op: &Gemm4bit, limits: &Limits) -> SkinnyPlan {
     let tokens = if op.input.shape()[0] <= 4 || is_block32 { 4 } else { 8 };
     let waves = num_tiles.div_ceil(slots * tiles_at_once);
     let grid = num_tiles.min(waves * slots);
-    let launch = Launch {
-        symbol: Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens },
-        grid,
-        threads,
-        shared_bytes: MMA_TABLE_BYTES + threads * (tiles_at_once * TILE_ROWS) as u32,
-    };
+    let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
+    let shared_bytes = MMA_TABLE_BYTES + threads * (tiles_at_once * TILE_ROWS) as u32;
+    let launch = Launch { shared_bytes, ..Launch::new(symbol, grid, threads) };
     let tiles_per_cta = num_tiles.checked_div(grid).unwrap_or(0) as i32;
     let num_larger_ctas = num_tiles.checked_rem(grid).unwrap_or(0) as i32;
     SkinnyPlan { launch, params: params(op, tiles_per_cta, num_larger_ctas) }
@@ -100,13 +97,9 @@ pub(super) fn plan_simt(op: &Gemm4bit) -> SkinnyPlan {
         (false, true) => "gemm_4bit_skinny_general_nested",
     };
     let tokens = if op.input.shape()[0] == 1 { 1 } else { 4 };
-    let launch = Launch {
-        symbol: Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens },
-        grid: (op.N as u64).div_ceil(SIMT_ROWS).min(MAX_GRID),
-        threads: 256,
-        shared_bytes: 0,
-    };
-    SkinnyPlan { launch, params: params(op, 0, 0) }
+    let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
+    let grid = (op.N as u64).div_ceil(SIMT_ROWS).min(MAX_GRID);
+    SkinnyPlan { launch: Launch::new(symbol, grid, 256), params: params(op, 0, 0) }
 }
 
 fn params(op: &Gemm4bit, tiles_per_cta: i32, num_larger_ctas: i32) -> SkinnyParams {
