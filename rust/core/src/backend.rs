@@ -1,6 +1,6 @@
 //! The two backends, the trait that each op implements for both, and the list of all ops.
 
-use crate::cuda::Stream;
+use crate::cuda::{Stream, full_check, run_between_canaries};
 use crate::error::Result;
 use crate::ops::{blockwise_4bit, blockwise_8bit, gemm_4bit, nested, tensorwise};
 use crate::spec::{Bind, Compiled, Value};
@@ -67,12 +67,15 @@ where
     Cpu: Run<O>,
     Cuda: Run<O>,
 {
-    let op = O::from_checked(values);
-    // SAFETY: the caller keeps the promises of `Run::run`.
+    // SAFETY: the caller keeps the promises of `Run::run`, which outputs between canaries keep too.
     unsafe {
         match backend {
-            Backend::Cpu(cpu) => cpu.run(&op),
-            Backend::Cuda(cuda) => cuda.run(&op),
+            Backend::Cpu(cpu) => cpu.run(&O::from_checked(values)),
+            Backend::Cuda(cuda) if full_check() => {
+                let run = |values: &[Value]| cuda.run(&O::from_checked(values));
+                run_between_canaries(O::compiled().spec, values, cuda.stream, run)
+            }
+            Backend::Cuda(cuda) => cuda.run(&O::from_checked(values)),
         }
     }
 }

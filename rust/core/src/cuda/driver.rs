@@ -101,6 +101,9 @@ driver_table! {
     );
     memory_alloc_async = "cuMemAllocAsync" (*mut sys::CUdeviceptr, usize, sys::CUstream);
     memory_free = "cuMemFree_v2" (sys::CUdeviceptr);
+    memory_set = "cuMemsetD8Async" (sys::CUdeviceptr, u8, usize, sys::CUstream);
+    memory_copy = "cuMemcpyDtoDAsync_v2" (sys::CUdeviceptr, sys::CUdeviceptr, usize, sys::CUstream);
+    memory_read = "cuMemcpyDtoHAsync_v2" (*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
 }
 
 impl Driver {

@@ -320,17 +320,22 @@ fn check_stream(driver: &Driver, op: &str, stream: Stream, context: sys::CUconte
     Err(Error::new(ErrorKind::Device, format!("qbits::{op}: {rule}, got {:p} of another", stream.handle)))
 }
 
+/// Nothing may wait for the stream, which must be live, on the current context.
+pub(super) fn is_capturing(driver: &Driver, stream: Stream) -> bool {
+    let mut capturing: c_uint = 0;
+    // SAFETY: the caller answers for the stream; `capturing` outlives the call.
+    let status = unsafe { (driver.stream_is_capturing)(stream.handle.cast(), &mut capturing) };
+    // The legacy stream answers with an error while another stream is captured.
+    status != super::driver::SUCCESS || capturing != 0
+}
+
 /// Waits for the kernel, so that its fault is told with its name; during a capture nothing runs, and nothing
 /// may wait.
 fn await_kernel(driver: &Driver, op: &str, launch: &Launch, stream: Stream) -> Result<()> {
-    let mut capturing: c_uint = 0;
-    // SAFETY: the caller of `launch` promises a live stream; `capturing` outlives the call.
-    let status = unsafe { (driver.stream_is_capturing)(stream.handle.cast(), &mut capturing) };
-    // The legacy stream answers with an error while another stream is captured.
-    if status != super::driver::SUCCESS || capturing != 0 {
+    if is_capturing(driver, stream) {
         return Ok(());
     }
-    // SAFETY: as above.
+    // SAFETY: the caller of `launch` promises a live stream.
     let status = unsafe { (driver.stream_synchronize)(stream.handle.cast()) };
     driver.check(op, &format!("{launch}"), status)
 }

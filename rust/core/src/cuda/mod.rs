@@ -1,5 +1,6 @@
 //! The CUDA backend below the ops: driver, devices, kernel images, and the checked launch.
 
+mod canaries;
 mod device;
 mod driver;
 mod launch;
@@ -13,6 +14,7 @@ mod build_rules;
 #[cfg(test)]
 pub(crate) mod recorder;
 
+pub use canaries::run_between_canaries;
 #[cfg(test)]
 pub(crate) use device::H200;
 pub use device::{Limits, device_name, driver_version, is_available, limits, num_devices, with_context};

@@ -10,6 +10,7 @@ use super::{H200, Image, KernelInfo, Limits, Runtime, images};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_uint};
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The machine that a test wants.
@@ -87,6 +88,8 @@ struct State {
     launches: Vec<Launched>,
     /// Start, bytes, device.
     allocations: Vec<(u64, u64, i32)>,
+    /// What memory was set to, in order.
+    fills: Vec<(Range<u64>, u8)>,
     /// Device of each stream that was made; their handles count from 1.
     streams: Vec<i32>,
     /// Largest dynamic shared memory that was opted into.
@@ -118,6 +121,7 @@ impl Recorder {
             calls: Vec::new(),
             launches: Vec::new(),
             allocations: Vec::new(),
+            fills: Vec::new(),
             streams: Vec::new(),
             opted_in: 0,
         };
@@ -166,6 +170,13 @@ impl Recorder {
 
     pub fn allocations(&self) -> Vec<(u64, u64, i32)> {
         self.0.state().allocations.clone()
+    }
+
+    /// A kernel changes the byte at an address.
+    pub fn scribble(&self, address: u64) {
+        let mut state = self.0.state();
+        let byte = !state.byte_at(address);
+        state.fills.push((address..address + 1, byte));
     }
 
     /// Makes a device's context current on this thread, or none.
@@ -223,6 +234,11 @@ impl State {
     fn kernel(&self, handle: usize) -> Option<&'static KernelInfo> {
         let (image, kernel) = ((handle >> 16).checked_sub(1)?, (handle & 0xffff).checked_sub(1)?);
         self.machine.images.get(image)?.kernels.get(kernel)
+    }
+
+    /// Memory holds what it was last set to.
+    fn byte_at(&self, address: u64) -> u8 {
+        self.fills.iter().rev().find(|(range, _)| range.contains(&address)).map_or(0, |(_, byte)| *byte)
     }
 
     /// What a driver does not do during a capture, unless the thread relaxed its mode.

@@ -100,6 +100,73 @@ impl Allocation {
     pub fn num_bytes(&self) -> usize {
         self.num_bytes
     }
+
+    /// Sets every byte, in the order of the stream.
+    ///
+    /// # Safety
+    /// As [`Allocation::new`].
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub unsafe fn fill(&self, op: &str, byte: u8, stream: Stream) -> Result<()> {
+        let runtime = runtime(op)?;
+        let _entered = runtime.gpu(op, self.device)?.enter(&runtime.driver, op)?;
+        // SAFETY: the caller promises the stream; the memory is as long.
+        let status =
+            unsafe { (runtime.driver.memory_set)(self.address, byte, self.num_bytes, stream.handle.cast()) };
+        runtime.driver.check(op, "cuMemsetD8Async", status)
+    }
+
+    /// Copies `num_bytes` from `first` on to other memory of the device, in the order of the stream.
+    ///
+    /// # Safety
+    /// As [`Allocation::new`]; `to` is valid for as many bytes until the stream has done it.
+    ///
+    /// # Panics
+    /// Where the allocation is shorter.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub unsafe fn copy_to(
+        &self,
+        op: &str,
+        first: usize,
+        to: *mut u8,
+        num_bytes: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        assert!(first + num_bytes <= self.num_bytes, "a copy lies within its allocation");
+        let runtime = runtime(op)?;
+        let _entered = runtime.gpu(op, self.device)?.enter(&runtime.driver, op)?;
+        let from = self.address + first as u64;
+        // SAFETY: the caller promises the stream and `to`; the range was checked.
+        let status =
+            unsafe { (runtime.driver.memory_copy)(to as u64, from, num_bytes, stream.handle.cast()) };
+        runtime.driver.check(op, "cuMemcpyDtoDAsync", status)
+    }
+
+    /// The bytes from `first` on, when the stream has done what was enqueued until now.
+    ///
+    /// # Safety
+    /// As [`Allocation::new`].
+    ///
+    /// # Panics
+    /// Where the allocation is shorter.
+    ///
+    /// # Errors
+    /// When earlier work has failed, or the stream is being captured.
+    pub unsafe fn read(&self, op: &str, first: usize, bytes: &mut [u8], stream: Stream) -> Result<()> {
+        assert!(first + bytes.len() <= self.num_bytes, "what is read lies within its allocation");
+        let runtime = runtime(op)?;
+        let _entered = runtime.gpu(op, self.device)?.enter(&runtime.driver, op)?;
+        let (from, to) = (self.address + first as u64, bytes.as_mut_ptr().cast());
+        // SAFETY: the caller promises the stream, which is waited for while `bytes` lives; the range was checked.
+        unsafe {
+            let status = (runtime.driver.memory_read)(to, from, bytes.len(), stream.handle.cast());
+            runtime.driver.check(op, "cuMemcpyDtoHAsync", status)?;
+            synchronize(op, stream)
+        }
+    }
 }
 
 impl Drop for Allocation {

@@ -248,6 +248,21 @@ stand_ins! {
         state.allocations.push((start, bytes as u64, device));
         put(address, start)
     };
+    memory_set(
+        address: sys::CUdeviceptr, byte: u8, bytes: usize, _stream: sys::CUstream
+    ) = "cuMemsetD8Async", |state| {
+        state.fills.push((address..address + bytes as u64, byte));
+        SUCCESS
+    };
+    memory_copy(
+        _to: sys::CUdeviceptr, _from: sys::CUdeviceptr, _bytes: usize, _stream: sys::CUstream
+    ) = "cuMemcpyDtoDAsync", |_state| SUCCESS;
+    memory_read(
+        to: *mut c_void, from: sys::CUdeviceptr, bytes: usize, _stream: sys::CUstream
+    ) = "cuMemcpyDtoHAsync", |state| {
+        (0..bytes).for_each(|index| { put(to.cast::<u8>().add(index), state.byte_at(from + index as u64)); });
+        SUCCESS
+    };
     context_synchronize() = "cuCtxSynchronize", |_state| SUCCESS;
     memory_free(address: sys::CUdeviceptr) = "cuMemFree_v2", |state| {
         let before = state.allocations.len();
