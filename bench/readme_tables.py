@@ -93,6 +93,9 @@ def quantizers_table() -> str:
     return text
 
 
+README_TOKENS = (1, 16, 64, 256, 1024)
+
+
 def gemm_table() -> str:
     """The fused product against cuBLAS and the peer, NF4 and bfloat16."""
     text = ""
@@ -104,13 +107,13 @@ def gemm_table() -> str:
                 percent(row["share_of_floor"]),
                 number(row["cublas_us"]),
                 times(row["speedup_over_cublas"]),
-                number(row.get("peer_us")),
+                f"{number(row.get('peer_us'))} {row.get('peer') or ''}".strip(),
                 times(row.get("speedup")),
             ]
             for row in result["rows"]
-            if (row["op"], row["dtype"]) == ("gemm_4bit nf4", "bfloat16") and row["M"] in (1, 8, 16, 64)
+            if (row["op"], row["dtype"]) == ("gemm_4bit nf4", "bfloat16") and row["M"] in README_TOKENS
         ]
-        heads = ["N x K", "us", "of the floor", "cuBLAS bf16 us", "faster", "bitsandbytes us", "faster"]
+        heads = ["N x K", "us", "of the floor", "cuBLAS bf16 us", "faster", "best peer us", "faster"]
         text += table(heads, rows) + machine(result)
     return text
 
