@@ -10,23 +10,6 @@ constexpr int kChunk = 128;            // columns that a warp multiplies at once
 constexpr int kTableWords = 256 * 32;  // at the start of shared memory; then the map of nested absmax ..
 constexpr int kMapWords = 256;         // .. and an area for each warp
 
-/// Factor of a codebook's values before they are rounded to T. Chosen so that all 16 lie near representable
-/// values: for NF4 the rms error of a bfloat16 weight is 7.8e-4 instead of 1.36e-3 (1.65e-3 for rounding
-/// value * absmax), of a float16 weight 8.0e-5 instead of 1.8e-4 (search over [1, 2), codes weighted by their
-/// frequency in Gaussian blocks of 64).
-template <typename T, typename Codebook>
-constexpr float kFactor = 1.0f;
-template <>
-constexpr float kFactor<bfloat16, Nf4> = 1.4367135f;
-template <>
-constexpr float kFactor<float16, Nf4> = 1.3661925f;
-template <>
-constexpr float kFactor<bfloat16, Af4> = 1.7892965f;
-template <>
-constexpr float kFactor<float16, Af4> = 1.7665435f;
-template <typename T>
-constexpr float kFactor<T, Fp4> = 12.0f;  // exact in both types
-
 __device__ __forceinline__ uint32_t bits_of(bfloat16 v) { return __bfloat16_as_ushort(v); }
 __device__ __forceinline__ uint32_t bits_of(float16 v) { return __half_as_ushort(v); }
 
@@ -35,7 +18,7 @@ __device__ __forceinline__ uint32_t bits_of(float16 v) { return __half_as_ushort
 template <typename T>
 __device__ __forceinline__ void fill_pair_table(const Gemm4bitSkinnyParams& p, float* table) {
     const uint32_t byte = threadIdx.x % 256;
-    const uint32_t pair = with_codebook(p, [&]<typename Codebook>(Codebook) {
+    const uint32_t pair = with_codebook(p.codebook, [&]<typename Codebook>(Codebook) {
         const auto value = [](uint32_t code) {
             return bits_of(T(__fmul_rn(select_value<Codebook>(code), kFactor<T, Codebook>)));
         };
@@ -74,7 +57,7 @@ template <typename T, int kTiles, int kTokens>
 __device__ __forceinline__ void store_sums(const Gemm4bitSkinnyParams& p, const float* areas,
                                            int64_t first_row, int num_rows, int64_t first_token) {
     const float inverse_factor =
-        with_codebook(p, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+        with_codebook(p.codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
     const int num_warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < kTiles * 16 * kTokens; i += blockDim.x) {
         const int row = i % (kTiles * 16), token = i / (kTiles * 16);
@@ -110,8 +93,8 @@ __device__ __forceinline__ void gemm_4bit_skinny_mma(const Gemm4bitSkinnyParams&
     static_assert(kTiles == 2 || kTiles == 4, "four tiles of codes are in flight");
     static_assert(kBlocks == 2 || kBlocks == 4, "blocks of 64 columns or more, or of 32");
     constexpr int kTokensPerTile = 8 / kBlocks, kTokens = kTokenTiles * kTokensPerTile;
-    constexpr int kAhead = 4 / kTiles;   // chunks whose codes are in flight
-    constexpr int kPanel = 8 / kBlocks;  // chunks whose scales are staged at once: 8 per row
+    constexpr int kAhead = 4 / kTiles;        // chunks whose codes are in flight
+    constexpr int kPanel = 8 / kBlocks;       // chunks whose scales are staged at once: 8 per row
     constexpr int kAreaWords = kTiles * 128;  // scales [tile][row][8], later sums [tile][token][row]
     // The next chunk's input is loaded behind the last use of this one's. Where a panel ends it would have to
     // stay in registers beside the scales in decoding, for which two token tiles leave no room.
@@ -135,7 +118,7 @@ __device__ __forceinline__ void gemm_4bit_skinny_mma(const Gemm4bitSkinnyParams&
     const uint8_t* codes = p.packed + (first_row + g) * (k / 2) + 16 * t;
     keep_in_register(codes);
     uint4 ring[kAhead][kTiles][2] = {};
-    const auto load_codes = [&](uint4 (&v)[2], int tile, int chunk) {
+    const auto load_codes = [&](uint4(&v)[2], int tile, int chunk) {
         const int lane_rows = chunk < lane_end ? num_rows - g : 0;
         #pragma unroll
         for (int i = 0; i < 2; ++i)

@@ -77,7 +77,7 @@ __device__ __forceinline__ void gemm_4bit_skinny_simt(const Gemm4bitSkinnyParams
     const int64_t first_row = int64_t(blockIdx.x) * kRows;
 
     const BlockScales<kNested> scales(p, 0, map);
-    with_codebook(p, [&]<typename Codebook>(Codebook) {
+    with_codebook(p.codebook, [&]<typename Codebook>(Codebook) {
         for (int i = threadIdx.x; i < 16 * 32; i += kThreads) values[i] = select_value<Codebook>(i / 32);
     });
     __syncthreads();
