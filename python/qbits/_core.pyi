@@ -29,6 +29,12 @@ def specs() -> list[dict[str, Any]]: ...
 def info() -> dict[str, Any]: ...
 def check(op: str, *args: Any) -> None: ...
 def plan_gemm_4bit(M: int, N: int, K: int, dtype: DtypeLike, block_size: int, device: int) -> str: ...
+def set_eager_hooks(
+    num_modes: Callable[[], int],
+    traced: Callable[..., Any],
+    increment_version: Callable[..., Any],
+    written: Callable[..., Any],
+) -> None: ...
 def set_num_threads_source(source: Callable[[], int]) -> None: ...
 def create_dynamic_map(signed: bool, max_exponent_bits: int, total_bits: int) -> bytes: ...
 def create_linear_map(signed: bool, total_bits: int, add_zero: bool) -> bytes: ...
@@ -41,6 +47,13 @@ def quantize_4bit(
     block_size: int,
     packed: Array | None,
     absmax: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_4bit(
+    input: Array,
+    codebook: str,
+    block_size: int,
+    out: Any,
     /,
 ) -> tuple[Array, Array]: ...
 def dequantize_4bit(
@@ -56,10 +69,29 @@ def dequantize_4bit(
     output: Array | None,
     /,
 ) -> Array: ...
+def eager_dequantize_4bit(
+    packed: Array,
+    absmax: Array,
+    n: int,
+    codebook: str,
+    block_size: int,
+    dtype: DtypeLike,
+    absmax_scale: Array | None,
+    absmax_offset: Array | None,
+    absmax_codebook: Array | None,
+    out: Any,
+    /,
+) -> Array: ...
 def pack_4bit(
     codes: Array,
     codebook: str,
     packed: Array | None,
+    /,
+) -> Array: ...
+def eager_pack_4bit(
+    codes: Array,
+    codebook: str,
+    out: Any,
     /,
 ) -> Array: ...
 def unpack_4bit(
@@ -68,12 +100,25 @@ def unpack_4bit(
     codes: Array | None,
     /,
 ) -> Array: ...
+def eager_unpack_4bit(
+    packed: Array,
+    n: int,
+    out: Any,
+    /,
+) -> Array: ...
 def quantize_blockwise(
     input: Array,
     codebook: Array,
     block_size: int,
     codes: Array | None,
     absmax: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_blockwise(
+    input: Array,
+    codebook: Array,
+    block_size: int,
+    out: Any,
     /,
 ) -> tuple[Array, Array]: ...
 def dequantize_blockwise(
@@ -85,6 +130,15 @@ def dequantize_blockwise(
     output: Array | None,
     /,
 ) -> Array: ...
+def eager_dequantize_blockwise(
+    codes: Array,
+    absmax: Array,
+    codebook: Array,
+    block_size: int,
+    dtype: DtypeLike,
+    out: Any,
+    /,
+) -> Array: ...
 def quantize_absmax(
     absmax: Array,
     codes: Array | None,
@@ -92,11 +146,22 @@ def quantize_absmax(
     offset: Array | None,
     /,
 ) -> tuple[Array, Array, Array]: ...
+def eager_quantize_absmax(
+    absmax: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array, Array]: ...
 def quantize(
     input: Array,
     codebook: Array,
     codes: Array | None,
     absmax: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize(
+    input: Array,
+    codebook: Array,
+    out: Any,
     /,
 ) -> tuple[Array, Array]: ...
 def dequantize(
@@ -107,10 +172,24 @@ def dequantize(
     output: Array | None,
     /,
 ) -> Array: ...
+def eager_dequantize(
+    codes: Array,
+    absmax: Array,
+    codebook: Array,
+    dtype: DtypeLike,
+    out: Any,
+    /,
+) -> Array: ...
 def quantize_no_absmax(
     input: Array,
     codebook: Array,
     codes: Array | None,
+    /,
+) -> Array: ...
+def eager_quantize_no_absmax(
+    input: Array,
+    codebook: Array,
+    out: Any,
     /,
 ) -> Array: ...
 def dequantize_no_absmax(
@@ -118,6 +197,13 @@ def dequantize_no_absmax(
     codebook: Array,
     dtype: DtypeLike,
     output: Array | None,
+    /,
+) -> Array: ...
+def eager_dequantize_no_absmax(
+    codes: Array,
+    codebook: Array,
+    dtype: DtypeLike,
+    out: Any,
     /,
 ) -> Array: ...
 def gemm_4bit(
@@ -133,5 +219,20 @@ def gemm_4bit(
     absmax_offset: Array | None,
     absmax_codebook: Array | None,
     output: Array | None,
+    /,
+) -> Array: ...
+def eager_gemm_4bit(
+    input: Array,
+    packed: Array,
+    absmax: Array,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    bias: Array | None,
+    absmax_scale: Array | None,
+    absmax_offset: Array | None,
+    absmax_codebook: Array | None,
+    out: Any,
     /,
 ) -> Array: ...

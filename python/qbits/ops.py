@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbits import _core
-from qbits.errors import DeviceError, DtypeError, ShapeError, TracedTensorError  # noqa: F401 - the last in the template
+from qbits.errors import DeviceError, DtypeError, ShapeError
 
 _core.set_num_threads_source(torch.get_num_threads)
 
@@ -118,10 +118,6 @@ def _docstring(spec: dict[str, Any]) -> str:
     return "\n".join([*lines, "Reference:" + spec["doc"].split("\n\nReference:")[1]])
 
 
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-
-
 def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
     """Torch's own call for several tensors at once, where this release has it: a fifth of the time."""
     try:
@@ -131,18 +127,16 @@ def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
     return torch._C._increment_version
 
 
+# Dynamo traces the second function in the place of the first, as for every function with this attribute; nothing that
+# tells the two apart is left to do in eager mode.
 _TEMPLATE = """
 def {name}({signature}, *, out=None):
-    if _is_dynamo_compiling() or _len_torch_dispatch_stack():
-        return _traced({name!r}, ({arguments},), out)
-    {unpack}
-    try:
-        result = _direct_{name}({arguments}, {outputs})
-    except TracedTensorError:
-        return _traced({name!r}, ({arguments},), out)
-    if out is not None:
-        _written(out)
-    return result
+    return _eager_{name}({arguments}, out)
+
+def _traced_{name}({signature}, *, out=None):
+    return _traced({name!r}, ({arguments},), out)
+
+{name}._torchdynamo_inline = _traced_{name}
 """
 
 
@@ -151,18 +145,12 @@ def _define(spec: dict[str, Any]) -> None:
 
     In this module's own globals: Dynamo guards a function's globals by the name of its module.
     """
-    arguments, outputs = [arg["name"] for arg in _arguments(spec)], [out["name"] for out in _outputs(spec)]
+    arguments = [arg["name"] for arg in _arguments(spec)]
     defaults = {arg["name"] for arg in _arguments(spec) if arg["role"] == "optional"}
-    unpack = f"{outputs[0]}_out = out"
-    if len(outputs) > 1:
-        names = ", ".join(f"{name}_out" for name in outputs)
-        unpack = f"{names} = out if out is not None else ({', '.join(['None'] * len(outputs))})"
     source = _TEMPLATE.format(
         name=spec["name"],
         signature=", ".join(f"{name}=None" if name in defaults else name for name in arguments),
         arguments=", ".join(arguments),
-        outputs=", ".join(f"{name}_out" for name in outputs),
-        unpack=unpack,
     )
     exec(compile(source, f"<qbits.ops.{spec['name']}>", "exec"), globals())
     globals()[spec["name"]].__doc__ = _docstring(spec)
@@ -189,9 +177,8 @@ def _traced(name: str, args: tuple[Any, ...], out: Any) -> Any:
     return out
 
 
-def _written(out: Any) -> None:
+def _written(tensors: tuple[Any, ...]) -> None:
     """Tells autograd that the given outputs have changed."""
-    tensors = out if isinstance(out, tuple) else (*out,) if isinstance(out, list) else (out,)
     try:
         _increment_version(tensors)
     except (RuntimeError, TypeError):  # inference tensors have no version, foreign arrays no autograd
@@ -205,7 +192,19 @@ def _increment_versions_singly(tensors: tuple[Tensor, ...]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _direct_gemm_4bit(
+def _direct_gemm_4bit(*arguments: Any) -> Any:
+    """The fused kernel, or decode and torch's GEMM where the rule in the core declines."""
+    result = _core.gemm_4bit(*arguments)
+    return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
+
+
+def _eager_gemm_4bit(*arguments: Any) -> Any:
+    """As above, from eager mode."""
+    result = _core.eager_gemm_4bit(*arguments)
+    return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
+
+
+def _composed_gemm_4bit(
     input: Any,
     packed: Any,
     absmax: Any,
@@ -213,19 +212,15 @@ def _direct_gemm_4bit(
     K: int,
     codebook: str,
     block_size: int,
-    bias: Any = None,
-    absmax_scale: Any = None,
-    absmax_offset: Any = None,
-    absmax_codebook: Any = None,
-    output: Any = None,
+    bias: Any,
+    absmax_scale: Any,
+    absmax_offset: Any,
+    absmax_codebook: Any,
+    output: Any,
 ) -> Any:
-    """The fused kernel, or decode and torch's GEMM where the rule in the core declines."""
+    """Decode, then torch's GEMM."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
-    arguments = (input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-    result = _core.gemm_4bit(*arguments)
-    if result is not NotImplemented:
-        return result
-    _core.check("gemm_4bit", *arguments)
+    _core.check("gemm_4bit", input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
     weight = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None)
     return _dense_product(input, weight.view(N, K), bias, output)
 
@@ -242,8 +237,11 @@ def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: T
 
 _increment_version = _find_increment_version()
 
+_core.set_eager_hooks(torch._C._len_torch_dispatch_stack, _traced, _increment_version, _written)
+
 for _spec in SPECS.values():
-    globals().setdefault("_direct_" + _spec["name"], getattr(_core, _spec["name"]))
+    for _kind, _prefix in (("_direct_", ""), ("_eager_", "eager_")):
+        globals().setdefault(_kind + _spec["name"], getattr(_core, _prefix + _spec["name"]))
     _define(_spec)
     _LIBRARY.define(_schema(_spec), tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):

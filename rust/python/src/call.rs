@@ -18,7 +18,7 @@ use std::cell::{OnceCell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
 
 /// Most arguments that an op may have, scratch included.
-const MAX_ARGS: usize = 12;
+pub const MAX_ARGS: usize = 12;
 /// Below this many elements a CPU op is not worth asking for more threads.
 const INLINE_ELEMENTS: i64 = 1 << 16;
 
@@ -49,17 +49,37 @@ pub fn num_threads(py: Python<'_>) -> PyResult<usize> {
     }
 }
 
-/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None. Answers
-/// NotImplemented where torch computes the result faster by other ops, and does nothing then.
+/// What a call came to.
+#[derive(Default)]
+pub struct Answer<'py> {
+    /// Torch computes the result faster by other ops; nothing was done.
+    pub is_declined: bool,
+    /// An output has elements.
+    pub has_elements: bool,
+    outputs: Vec<Bound<'py, PyAny>>,
+}
+
+impl<'py> Answer<'py> {
+    /// One output, a tuple of several, or NotImplemented.
+    pub fn into_object(mut self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        match self.outputs.len() {
+            _ if self.is_declined => Ok(py.NotImplemented().into_bound(py)),
+            1 => Ok(self.outputs.remove(0)),
+            _ => Ok(PyTuple::new(py, self.outputs)?.into_any()),
+        }
+    }
+}
+
+/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
 pub fn call<'a, 'py>(
     py: Python<'py>,
     op: &'static Op,
-    args: impl ExactSizeIterator<Item = Borrowed<'a, 'py, PyAny>>,
-) -> PyResult<Bound<'py, PyAny>> {
-    with_values(py, op, args, |values, symbols, items, loans| {
+    args: &[Borrowed<'a, 'py, PyAny>],
+) -> PyResult<Answer<'py>> {
+    with_values(py, op, args, |values, symbols, loans| {
         let compiled = (op.compiled)();
         if declines(py, op, values, symbols, loans)? {
-            return Ok(py.NotImplemented().into_bound(py));
+            return Ok(Answer { is_declined: true, ..Answer::default() });
         }
         let mut results = Results::default();
         for (i, arg) in compiled.spec.args.iter().enumerate() {
@@ -67,13 +87,14 @@ pub fn call<'a, 'py>(
                 (Role::Scratch(_), _) | (Role::Out(..), Value::Absent) => {
                     values[i] = Value::Tensor(results.allocate(py, compiled, i, values, symbols, loans)?);
                 }
-                (Role::Out(..), _) => results.given(items[i]),
+                (Role::Out(..), _) => results.given(args[i]),
                 _ => {}
             }
         }
         compiled.check_outputs(values, symbols).map_err(|error| raise(py, error))?;
         run(py, op, values, symbols, loans)?;
-        results.finish(py, loans)
+        let has_elements = compiled.outputs().any(|i| matches!(values[i], Value::Tensor(t) if !t.is_empty()));
+        Ok(Answer { is_declined: false, has_elements, outputs: results.finish(py, loans)? })
     })
 }
 
@@ -113,7 +134,8 @@ fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
     let found = OPS.iter().find(|candidate| (candidate.compiled)().spec.name == op);
     let found = found
         .ok_or_else(|| PyValueError::new_err(format!("qbits::check: op must be declared, got {op:?}")))?;
-    with_values(py, found, args.iter_borrowed(), |values, symbols, _, _| {
+    let args: Vec<_> = args.iter_borrowed().collect();
+    with_values(py, found, &args, |values, symbols, _| {
         let compiled = (found.compiled)();
         let is_missing = |(arg, value): (&Arg, &Value)| {
             matches!(arg.role, Role::Out(..) | Role::Scratch(_)) && matches!(value, Value::Absent)
@@ -129,8 +151,8 @@ fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
 fn with_values<'a, 'py, R>(
     py: Python<'py>,
     op: &'static Op,
-    args: impl ExactSizeIterator<Item = Borrowed<'a, 'py, PyAny>>,
-    then: impl FnOnce(&mut [Value], &Symbols, &[Option<Borrowed<'a, 'py, PyAny>>], &mut Loans) -> PyResult<R>,
+    args: &[Borrowed<'a, 'py, PyAny>],
+    then: impl FnOnce(&mut [Value], &Symbols, &mut Loans) -> PyResult<R>,
 ) -> PyResult<R> {
     let compiled = (op.compiled)();
     let spec = compiled.spec;
@@ -143,18 +165,14 @@ fn with_values<'a, 'py, R>(
     }
 
     let names: [OnceCell<String>; MAX_ARGS] = Default::default();
-    let mut items = [None; MAX_ARGS];
-    for (slot, item) in items.iter_mut().zip(args) {
-        *slot = Some(item);
-    }
     let mut loans = Loans::default();
     let mut values = [Value::Absent; MAX_ARGS];
     let values = &mut values[..spec.args.len()];
-    for (i, item) in items.iter().flatten().enumerate() {
+    for (i, item) in args.iter().enumerate() {
         values[i] = convert(spec.name, &spec.args[i], item, &mut loans, &names[i])?;
     }
     let symbols = compiled.check_inputs(values).map_err(|error| raise(py, error))?;
-    then(values, &symbols, &items, &mut loans)
+    then(values, &symbols, &mut loans)
 }
 
 /// An object as a value. What it cannot be stays `Other`, and the checks name it.
@@ -262,8 +280,8 @@ struct Results<'py> {
 }
 
 impl<'py> Results<'py> {
-    fn given(&mut self, object: Option<Borrowed<'_, 'py, PyAny>>) {
-        self.objects.extend(object.map(|object| object.to_owned()));
+    fn given(&mut self, object: Borrowed<'_, 'py, PyAny>) {
+        self.objects.push(object.to_owned());
     }
 
     fn allocate(
@@ -301,15 +319,12 @@ impl<'py> Results<'py> {
         Ok(tensor)
     }
 
-    /// Marks buffers as ready after the work enqueued so far; one output, or a tuple of several.
-    fn finish(mut self, py: Python<'py>, loans: &mut Loans) -> PyResult<Bound<'py, PyAny>> {
+    /// Marks buffers as ready after the work enqueued so far; the outputs.
+    fn finish(self, py: Python<'py>, loans: &mut Loans) -> PyResult<Vec<Bound<'py, PyAny>>> {
         for buffer in &self.buffers {
             buffer.get().mark_ready(loans.must_synchronize).map_err(|error| raise(py, error))?;
         }
-        match self.objects.len() {
-            1 => Ok(self.objects.remove(0)),
-            _ => Ok(PyTuple::new(py, self.objects)?.into_any()),
-        }
+        Ok(self.objects)
     }
 }
 

@@ -38,3 +38,8 @@ pub fn raise(py: Python<'_>, error: Error) -> PyErr {
         Err(failure) => failure,
     }
 }
+
+/// Whether `error` says that a tensor without memory reached the direct path.
+pub fn is_traced(py: Python<'_>, error: &PyErr) -> bool {
+    class(py, ErrorKind::Traced).is_ok_and(|class| error.is_instance(py, &class))
+}

@@ -3,6 +3,7 @@
 mod buffer;
 mod call;
 mod describe;
+mod eager;
 mod exception;
 mod fastcall;
 mod lend;
@@ -16,6 +17,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     fastcall::register(module)?;
     module.add_class::<buffer::Buffer>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    eager::register(module)?;
     describe::register(module)?;
     maps::register(module)?;
     call::register(module)

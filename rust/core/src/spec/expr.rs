@@ -55,6 +55,7 @@ pub struct Compiled {
     symbols: Vec<&'static str>,
     shapes: Vec<Vec<Expr>>,
     int_slots: Vec<Option<usize>>,
+    outputs: Vec<usize>,
 }
 
 impl Compiled {
@@ -70,7 +71,14 @@ impl Compiled {
         let slot = |name| symbols.iter().position(|symbol| *symbol == name);
         let int_slots =
             spec.args.iter().map(|arg| if is_int(&arg.role) { slot(arg.name) } else { None }).collect();
-        Self { spec, symbols, shapes, int_slots }
+        let is_output = |index: &usize| matches!(spec.args[*index].role, Role::Out(..));
+        let outputs = (0..spec.args.len()).filter(is_output).collect();
+        Self { spec, symbols, shapes, int_slots, outputs }
+    }
+
+    /// Indices of the outputs.
+    pub fn outputs(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.outputs.iter().copied()
     }
 
     pub(super) fn unbound(&self) -> Symbols {
