@@ -1,4 +1,4 @@
-"""The kernels of gemm_4bit_skinny, compiled for the CPU, against float64."""
+"""The kernels that multiply by a 4-bit weight, compiled for the CPU, against float64."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import reference
 from emulation.emulator import Emulator, build
 from emulation.kernels import STORAGE, Array, Kernels
 from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES, Floats
 
-MODULES = ("gemm_4bit_skinny",)
+MODULES = ("gemm_4bit_skinny", "gemm_4bit_transposed")
 ALIGNMENT = 16
 CANARY_BYTES = 64
 RANDOM = np.random.default_rng(7)
@@ -85,12 +86,23 @@ def guarded(x: Array, offset: int) -> Array:
     return copy.array
 
 
-def check(kernels: Kernels, case: Case) -> None:
-    """Launches; the output is float64's up to the roundings of the weight, the sums and the output."""
-    m, n, k = case.shape
+@dataclass
+class Weight:
+    """A quantized weight [n, k]: what the kernels read, and what it stands for."""
+
+    packed: Array
+    absmax: Floats
+    stored_absmax: Array
+    nested: dict[str, Array | None]
+    decoded: npt.NDArray[np.float64]
+
+
+def random_weight(case: Case) -> Weight:
+    """Standard normal weights."""
+    _, n, k = case.shape
     weight = RANDOM.standard_normal(n * k).astype(np.float32)
     packed, absmax = reference.quantize_4bit(weight, case.codebook, case.block_size)
-    stored_absmax, nested = absmax, {}
+    stored_absmax, nested = absmax.copy(), {}
     if case.nested:
         stored_absmax, scale, offset = reference.quantize_absmax(absmax)
         own_map = np.sort(RANDOM.uniform(-1, 1, 256)).astype(np.float32) if case.own_map else None
@@ -100,26 +112,35 @@ def check(kernels: Kernels, case: Case) -> None:
             "absmax_offset": np.array([offset], np.float32),
             "absmax_codebook": own_map,
         }
+    decoded = reference.decode_4bit(packed, absmax, n * k, case.codebook, case.block_size).reshape(n, k)
+    return Weight(packed, absmax, stored_absmax, nested, decoded.astype(np.float64))
+
+
+def assert_close(case: Case, want: Array, terms: Array, output: Guarded) -> None:
+    """Each product is off by the rounding of its weight, the float32 sums by less than 1e-6 of the terms."""
+    limit = ROUNDING[case.dtype] * (terms + np.abs(want)) + 1e-6 * terms
+    error = np.abs(widen(output.array, case.dtype).reshape(want.shape) - want)
+    assert (error <= limit).all(), f"{case}: {error[~(error <= limit)]} beyond {limit[~(error <= limit)]}"
+    assert output.is_intact(), f"{case}: written beside the output"
+
+
+def check(kernels: Kernels, case: Case) -> None:
+    """Launches; the output is float64's up to the roundings of the weight, the sums and the output."""
+    m, n, k = case.shape
+    weight = random_weight(case)
     x = normal(m * k, case.dtype)
     bias = None if case.bias is None else normal(n, case.bias)
     output = Guarded(m * n, STORAGE[case.dtype], case.offset)
     kernels.gemm_4bit(
-        guarded(x, case.offset), case.dtype, guarded(packed, case.offset), stored_absmax.copy(), case.shape,
-        case.codebook, case.block_size, output.array, case.kernel, case.threads, case.num_sms, bias,
-        case.bias or "float32", **nested,
+        guarded(x, case.offset), case.dtype, guarded(weight.packed, case.offset), weight.stored_absmax,
+        case.shape, case.codebook, case.block_size, output.array, case.kernel, case.threads, case.num_sms,
+        bias, case.bias or "float32", **weight.nested,
     )  # fmt: skip
     wide = widen(x, case.dtype).reshape(m, k)
     wide_bias = None if bias is None else widen(bias, case.bias or "float32")
-    arguments = (absmax, (n, k), case.codebook, case.block_size)
-    want = reference.gemm_4bit(wide, packed, *arguments, wide_bias)
-    decoded = reference.decode_4bit(packed, absmax, n * k, case.codebook, case.block_size).reshape(n, k)
-    # Each product is off by the rounding of its weight, the float32 sums by less than 1e-6 of the terms.
-    terms = np.abs(wide).astype(np.float64) @ np.abs(decoded).T.astype(np.float64)
-    limit = ROUNDING[case.dtype] * (terms + np.abs(want)) + 1e-6 * terms
-    got = widen(output.array, case.dtype).reshape(m, n)
-    error = np.abs(got - want)
-    assert (error <= limit).all(), f"{case}: {error[~(error <= limit)]} beyond {limit[~(error <= limit)]}"
-    assert output.is_intact(), f"{case}: written beside the output"
+    arguments = (weight.absmax, (n, k), case.codebook, case.block_size)
+    want = reference.gemm_4bit(wide, weight.packed, *arguments, wide_bias)
+    assert_close(case, want, np.abs(wide).astype(np.float64) @ np.abs(weight.decoded).T, output)
 
 
 @pytest.mark.parametrize("dtype", MMA_DTYPES)
@@ -164,3 +185,47 @@ def test_gemm_4bit_kernels_know_every_codebook_and_block_size(kernels, kernel, c
 def test_gemm_4bit_general_kernel_takes_any_alignment(kernels, dtype):
     for offset in (1, 2, 3, 5):
         check(kernels, Case("general", dtype, (2, 19, 65), nested=offset == 3, offset=offset))
+
+
+def check_transposed(kernels: Kernels, case: Case, num_splits: int) -> None:
+    """As `check`, for the product with the transposed weight."""
+    m, n, k = case.shape
+    weight = random_weight(case)
+    x = normal(m * n, case.dtype)
+    output = Guarded(m * k, STORAGE[case.dtype], case.offset)
+    kernels.gemm_4bit_transposed(
+        guarded(x, case.offset), case.dtype, guarded(weight.packed, case.offset), weight.stored_absmax,
+        case.shape, case.codebook, case.block_size, output.array, case.kernel, num_splits, **weight.nested,
+    )  # fmt: skip
+    wide = widen(x, case.dtype).reshape(m, n).astype(np.float64)
+    assert_close(case, wide @ weight.decoded, np.abs(wide) @ np.abs(weight.decoded), output)
+
+
+@pytest.mark.parametrize("dtype", MMA_DTYPES)
+def test_gemm_4bit_transposed_mma_kernels_are_right_for_every_shape(kernels, dtype):
+    for m in (1, 2, 3, 8, 9, 16, 17):
+        check_transposed(kernels, Case("mma", dtype, (m, 100, 96)), 1)
+    for n in (0, 1, 15, 16, 17, 145, 300):
+        check_transposed(kernels, Case("mma", dtype, (3, n, 320)), 2)
+    for k in (32, 64, 224, 256, 288, 544):
+        check_transposed(kernels, Case("mma", dtype, (10, 70, k)), 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemm_4bit_transposed_simt_kernels_are_right_for_every_shape(kernels, dtype):
+    for m in (1, 3, 4, 5, 9):
+        check_transposed(kernels, Case("simt", dtype, (m, 20, 63)), 1)
+    for n in (0, 1, 16, 17, 90):
+        check_transposed(kernels, Case("simt", dtype, (2, n, 33)), 2)
+    for k in (1, 2, 255, 256, 257):
+        check_transposed(kernels, Case("simt", dtype, (2, 19, k), offset=k % 3), 1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("kernel", ["mma", "simt"])
+def test_gemm_4bit_transposed_kernels_know_every_codebook_and_block_size(kernels, kernel, codebook, nested):
+    for block_size in BLOCK_SIZES_4BIT:
+        for dtype in MMA_DTYPES if kernel == "mma" else DTYPES:
+            case = Case(kernel, dtype, (5, 35, 160), codebook, block_size, nested, block_size == 128)
+            check_transposed(kernels, case, 1)

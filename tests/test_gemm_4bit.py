@@ -62,11 +62,16 @@ def random_weight(
     return Weight((N, K), codebook, block_size, packed, absmax, parts)
 
 
-def torch_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Dequantize to the input's dtype, then torch's linear."""
+def decoded_matrix(weight: Weight, dtype: str, device: str) -> torch.Tensor:
+    """The weight [N, K], each element rounded once."""
     N, K = weight.shape
     values = reference.decode_4bit(weight.packed, weight.absmax, N * K, weight.codebook, weight.block_size)
-    matrix = tensor_of(values, str(x.dtype).removeprefix("torch."), str(x.device)).view(N, K)
+    return tensor_of(values, dtype, device).view(N, K)
+
+
+def torch_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Dequantize to the input's dtype, then torch's linear."""
+    matrix = decoded_matrix(weight, str(x.dtype).removeprefix("torch."), str(x.device))
     return torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
 
 

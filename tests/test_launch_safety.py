@@ -112,7 +112,7 @@ def test_work_waits_for_the_producer_on_the_same_stream(op):
 
 @pytest.mark.gpu
 def test_calls_return_before_the_work_is_done():
-    """No op synchronizes: with the stream asleep, the calls come back while it sleeps. Full checks do wait."""
+    """No op waits: with the stream asleep, the calls come back while it sleeps. Full checks do wait."""
     stream = torch.cuda.Stream()
     calls = [valid_call(op, "cuda") for op in OPS]
     for call in calls:

@@ -77,3 +77,18 @@ def test_gemm_4bit_variants(dtype, codebook, nested):
             # the fused kernel for every M: torch's GEMM is not what is examined here
             output = _core.gemm_4bit(x, packed, absmax, N, K, codebook, block_size, bias, *statistics, None)
             assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_gemm_4bit_transposed_variants(dtype, codebook, nested):
+    for N, K, block_size in ((67, 192, 64), (129, 544, 64), (40, 160, 32), (33, 77, 64)):
+        packed, absmax = ops.quantize_4bit(torch.randn(N * K, device="cuda"), codebook, block_size)
+        statistics = ()
+        if nested:
+            absmax, *statistics = ops.quantize_absmax(absmax)
+        for M in (1, 5, 8) if dtype == "float32" else (3, 9, 16):
+            x = torch.randn(M, N, device="cuda").to(dtype_of(dtype))
+            arguments = (x, packed, absmax, N, K, codebook, block_size, *statistics)
+            assert torch.isfinite(ops.gemm_4bit_transposed(*arguments)).all()

@@ -236,3 +236,31 @@ def eager_gemm_4bit(
     out: Any,
     /,
 ) -> Array: ...
+def gemm_4bit_transposed(
+    input: Array,
+    packed: Array,
+    absmax: Array,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    absmax_scale: Array | None,
+    absmax_offset: Array | None,
+    absmax_codebook: Array | None,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_gemm_4bit_transposed(
+    input: Array,
+    packed: Array,
+    absmax: Array,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    absmax_scale: Array | None,
+    absmax_offset: Array | None,
+    absmax_codebook: Array | None,
+    out: Any,
+    /,
+) -> Array: ...

@@ -66,16 +66,33 @@ class Gemm4bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             packed, absmax, *nested = ctx.saved_tensors
             N, K, codebook, block_size = ctx.weight
-            weight = ops.dequantize_4bit(
-                packed, absmax, N * K, codebook, block_size, grad_output.dtype, *nested
-            ).view(N, K)
-            # an autocast around backward() must not round a product whose dtype the forward has chosen
-            device_type = "cpu" if grad_output.is_meta else grad_output.device.type
-            with torch.autocast(device_type, enabled=False):
-                grad_input = grad_output @ weight
+            weight = (packed, absmax, N, K, codebook, block_size, *nested)
+            if torch.is_grad_enabled() and grad_output.requires_grad:
+                grad_input = _differentiable_product(grad_output, *weight)
+            else:
+                grad_input = ops.gemm_4bit_transposed(grad_output.contiguous(), *weight)
         if ctx.needs_input_grad[7]:
             grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_input, None, None, None, None, None, None, grad_bias, None, None, None
+
+
+def _differentiable_product(
+    grad_output: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    *nested: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product with the transposed weight by torch's own operations, for a second backward."""
+    num_elements, dtype = N * K, grad_output.dtype
+    flat = ops.dequantize_4bit(packed, absmax, num_elements, codebook, block_size, dtype, *nested)
+    # an autocast around backward() must not round a product whose dtype the forward has chosen
+    device_type = "cpu" if grad_output.is_meta else grad_output.device.type
+    with torch.autocast(device_type, enabled=False):
+        return grad_output @ flat.view(N, K)
 
 
 def _savable(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -127,8 +127,8 @@ def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
     return torch._C._increment_version
 
 
-# Dynamo traces the second function in the place of the first, as for every function with this attribute; nothing that
-# tells the two apart is left to do in eager mode.
+# Dynamo traces the second function in the place of the first, as for every function with this attribute;
+# nothing that tells the two apart is left to do in eager mode.
 _TEMPLATE = """
 def {name}({signature}, *, out=None):
     return _eager_{name}({arguments}, out)
@@ -192,16 +192,14 @@ def _increment_versions_singly(tensors: tuple[Tensor, ...]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _direct_gemm_4bit(*arguments: Any) -> Any:
+def _or_composed(fused: Callable[..., Any], composed: Callable[..., Any]) -> Callable[..., Any]:
     """The fused kernel, or decode and torch's GEMM where the rule in the core declines."""
-    result = _core.gemm_4bit(*arguments)
-    return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
 
+    def run(*arguments: Any) -> Any:
+        result = fused(*arguments)
+        return composed(*arguments) if result is NotImplemented else result
 
-def _eager_gemm_4bit(*arguments: Any) -> Any:
-    """As above, from eager mode."""
-    result = _core.eager_gemm_4bit(*arguments)
-    return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
+    return run
 
 
 def _composed_gemm_4bit(
@@ -221,8 +219,37 @@ def _composed_gemm_4bit(
     """Decode, then torch's GEMM."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
     _core.check("gemm_4bit", input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-    weight = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None)
-    return _dense_product(input, weight.view(N, K), bias, output)
+    weight = _decoded_weight(packed, absmax, N, K, codebook, block_size, input.dtype, *statistics)
+    return _dense_product(input, weight, bias, output)
+
+
+def _composed_gemm_4bit_transposed(
+    input: Any,
+    packed: Any,
+    absmax: Any,
+    N: int,
+    K: int,
+    codebook: str,
+    block_size: int,
+    absmax_scale: Any,
+    absmax_offset: Any,
+    absmax_codebook: Any,
+    output: Any,
+) -> Any:
+    """Decode, then torch's GEMM."""
+    statistics = (absmax_scale, absmax_offset, absmax_codebook)
+    weight = (packed, absmax, N, K, codebook, block_size)
+    _core.check("gemm_4bit_transposed", input, *weight, *statistics, output)
+    return _dense_product(input, _decoded_weight(*weight, input.dtype, *statistics).t(), None, output)
+
+
+def _decoded_weight(
+    packed: Any, absmax: Any, N: int, K: int, codebook: str, block_size: int, *dtype_and_statistics: Any
+) -> Tensor:
+    """The weight [N, K]."""
+    flat = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, *dtype_and_statistics, None)
+    matrix: Tensor = flat.view(N, K)
+    return matrix
 
 
 def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None) -> Tensor:
@@ -238,6 +265,13 @@ def _dense_product(input: Tensor, weight: Tensor, bias: Tensor | None, output: T
 _increment_version = _find_increment_version()
 
 _core.set_eager_hooks(torch._C._len_torch_dispatch_stack, _traced, _increment_version, _written)
+
+for _name, _composed in (
+    ("gemm_4bit", _composed_gemm_4bit),
+    ("gemm_4bit_transposed", _composed_gemm_4bit_transposed),
+):
+    for _kind, _prefix in (("_direct_", ""), ("_eager_", "eager_")):
+        globals()[_kind + _name] = _or_composed(getattr(_core, _prefix + _name), _composed)
 
 for _spec in SPECS.values():
     for _kind, _prefix in (("_direct_", ""), ("_eager_", "eager_")):

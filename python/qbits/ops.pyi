@@ -104,3 +104,17 @@ def gemm_4bit(
     *,
     out: Array | None = None,
 ) -> Array: ...
+def gemm_4bit_transposed(
+    input: Array,
+    packed: Array,
+    absmax: Array,
+    N: int,
+    K: int,
+    codebook: Literal["nf4", "fp4", "af4"] | str,
+    block_size: int,
+    absmax_scale: Array | None = None,
+    absmax_offset: Array | None = None,
+    absmax_codebook: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> Array: ...

@@ -61,6 +61,19 @@ Gemm4bitSkinny = struct(
     ("num_larger_ctas", c_int32),
 )
 
+Gemm4bitTransposed = struct(
+    "Gemm4bitTransposed",
+    *pointers("input", "packed", "absmax", "absmax_scale", "absmax_offset", "absmax_codebook"),
+    *pointers("partial", "output"),
+    ("m", c_int64),
+    N,
+    ("k", c_int64),
+    ("rows_per_split", c_int64),
+    BLOCK_SHIFT,
+    ("codebook", c_int32),
+    ("num_splits", c_int32),
+)
+
 
 def address(array: Array | None) -> int | None:
     """Where the elements are; null for None."""
@@ -230,3 +243,35 @@ class Kernels:
         )  # fmt: skip
         name = f"gemm_4bit_skinny_{kernel}_{nested}{dtype}_{tokens}"
         self._emulator.launch("gemm_4bit_skinny", name, params, grid, threads)
+
+    def gemm_4bit_transposed(
+        self,
+        x: Array,
+        dtype: str,
+        packed: Array,
+        absmax: Array,
+        shape: tuple[int, int, int],
+        codebook: str,
+        block_size: int,
+        output: Array,
+        kernel: str,
+        num_splits: int,
+        absmax_scale: Array | None = None,
+        absmax_offset: Array | None = None,
+        absmax_codebook: Array | None = None,
+    ) -> None:
+        """Fills output by gemm_4bit_transposed_{kernel}_..: mma or simt."""
+        m, n, k = shape
+        rows = max(ceil_div(n, num_splits * 16) * 16, 16)
+        num_splits = max(ceil_div(n, rows), 1)
+        partial = np.full(num_splits * m * k, np.nan, np.float32)
+        params = Gemm4bitTransposed(
+            address(x), address(packed), address(absmax), address(absmax_scale), address(absmax_offset),
+            address(absmax_codebook), address(partial), address(output), m, n, k, rows,
+            block_size.bit_length() - 1, CODEBOOKS.index(codebook), num_splits,
+        )  # fmt: skip
+        nested = "" if absmax_scale is None else "nested_"
+        tokens = "" if kernel == "simt" else "_8" if m <= 8 else "_16"
+        module, name = "gemm_4bit_transposed", f"gemm_4bit_transposed_{kernel}_{nested}{dtype}{tokens}"
+        self._emulator.launch(module, name, params, ceil_div(k, 256) * num_splits)
+        self._emulator.launch(module, f"gemm_4bit_transposed_sum_{dtype}", params, ceil_div(m * k, 256))

@@ -27,6 +27,7 @@ mod gemm_4bit_avx2;
 #[cfg(target_arch = "x86_64")]
 mod gemm_4bit_avx512;
 mod gemm_4bit_outer;
+mod gemm_4bit_transposed;
 mod isa;
 mod nested;
 mod tensorwise;
@@ -38,6 +39,7 @@ pub use blockwise_4bit::{dequantize_4bit, pack_4bit, quantize_4bit, unpack_4bit}
 pub use blockwise_8bit::{dequantize_blockwise, quantize_blockwise};
 pub use float::Float;
 pub use gemm_4bit::{Weight4, gemm_4bit};
+pub use gemm_4bit_transposed::gemm_4bit_transposed;
 pub use isa::Isa;
 pub use nested::{Absmax, Nested, quantize_absmax};
 pub use tensorwise::{dequantize, dequantize_no_absmax, quantize, quantize_no_absmax};

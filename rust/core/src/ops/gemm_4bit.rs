@@ -179,7 +179,7 @@ impl Run<Gemm4bit> for Cpu {
 }
 
 /// Number of a codebook in the kernels' parameters.
-fn codebook_number(word: &str) -> i32 {
+pub(super) fn codebook_number(word: &str) -> i32 {
     match codebook_of(word) {
         Codebook4::Nf4 => 0,
         Codebook4::Fp4 => 1,

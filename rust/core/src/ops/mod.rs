@@ -3,6 +3,7 @@
 pub mod blockwise_4bit;
 pub mod blockwise_8bit;
 pub mod gemm_4bit;
+pub mod gemm_4bit_transposed;
 pub mod nested;
 pub mod tensorwise;
 

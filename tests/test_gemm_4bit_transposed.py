@@ -1,0 +1,85 @@
+"""gemm_4bit_transposed against float64: at most twice as far from it as dequantize and torch's matmul."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from compare import Guarded, assert_same_bits, dtype_of, tensor_of
+from qbits import ops
+from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES
+from test_gemm_4bit import RANDOM, Weight, _same_numbers_in_any_order, decoded_matrix, random_weight
+
+__all__ = ["_same_numbers_in_any_order"]
+
+SHAPES = [(1, 1), (7, 30), (16, 32), (33, 100), (5, 129), (130, 256), (200, 288), (48, 520), (513, 64)]
+
+
+def multiply_and_compare(M: int, weight: Weight, dtype: str, device: str, offset: int = 0) -> None:
+    """Into a guarded output; the error against float64 must be at most twice torch's."""
+    N, K = weight.shape
+    x = tensor_of(RANDOM.standard_normal(M * N, np.float32), dtype, device, offset).view(M, N)
+    positional, keywords = weight.arguments(device, offset)
+    output = Guarded((M, K), dtype_of(dtype), device)
+    ops.gemm_4bit_transposed(x, *positional, out=output.tensor, **keywords)
+    output.assert_intact()
+    exact = x.double() @ decoded_matrix(weight, "float32", device).double()
+    torch_error = ((x @ decoded_matrix(weight, dtype, device)).double() - exact).abs().max()
+    one_rounding = exact.abs().max() * torch.finfo(x.dtype).eps
+    assert (output.tensor.double() - exact).abs().max() <= 2 * torch_error + one_rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("M", [1, 5, 8, 13, 33])
+def test_gemm_4bit_transposed_is_as_exact_as_torch(device, dtype, shape, M):
+    multiply_and_compare(M, random_weight(*shape), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES_4BIT)
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_weight_format_is_read(device, dtype, codebook, block_size, nested):
+    multiply_and_compare(4, random_weight(300, 96, codebook, block_size, nested), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_alignment_is_taken(device, dtype):
+    for offset in (1, 2, 4):
+        multiply_and_compare(3, random_weight(40, 64), dtype, device, offset)
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 5, 64), (3, 0, 64), (3, 5, 0)])
+def test_empty_sums_are_zero(device, M, N, K):
+    weight = random_weight(N, K)
+    positional, keywords = weight.arguments(device)
+    output = ops.gemm_4bit_transposed(torch.ones(M, N, device=device), *positional, **keywords)
+    assert torch.equal(output, torch.zeros(M, K, device=device))
+
+
+@pytest.mark.parametrize("M", [2, 16, 32])
+def test_large_weights_are_as_exact_as_torch(device, M):
+    for shape in ((1000, 2080), (4100, 512)):
+        multiply_and_compare(M, random_weight(*shape), "bfloat16", device)
+
+
+def test_the_same_call_gives_the_same_bits(device):
+    weight = random_weight(515, 1056)
+    positional, keywords = weight.arguments(device)
+    for M in (3, 20):
+        x = torch.randn(M, 515, device=device).half()
+        first = ops.gemm_4bit_transposed(x, *positional, **keywords)
+        for _ in range(5):
+            assert_same_bits(ops.gemm_4bit_transposed(x, *positional, **keywords), first)
+
+
+@pytest.mark.parametrize("position", [0, 1, 255, 256, 600])
+def test_one_input_picks_one_row_of_the_weight(device, position):
+    """An index-coded input: each output is a decoded weight, exactly."""
+    weight = random_weight(601, 352)
+    positional, keywords = weight.arguments(device)
+    x = torch.zeros(1, 601, device=device, dtype=torch.bfloat16)
+    x[0, position] = 1
+    got = ops.gemm_4bit_transposed(x, *positional, **keywords)
+    assert torch.equal(got[0], decoded_matrix(weight, "bfloat16", device)[position])
