@@ -72,7 +72,12 @@ def _fake(spec: dict[str, Any]) -> Callable[..., Any]:
                 continue
             tensor = values[arg["name"]]
             sizes = [tensor.numel()] if arg["flat"] else list(tensor.shape)
-            for symbol, size in zip((name.strip() for name in arg["shape"].split(",")), sizes, strict=False):
+            names = [name.strip() for name in arg["shape"].split(",")]
+            if names[0].startswith("*"):  # any dimensions before the others
+                leading = len(sizes) - (len(names) - 1)
+                symbols.setdefault(names.pop(0)[1:], sizes[:leading])
+                sizes = sizes[leading:]
+            for symbol, size in zip(names, sizes, strict=False):
                 if symbol.isidentifier():
                     symbols.setdefault(symbol, size)
         first = next(values[arg["name"]] for arg in arguments if arg["role"] == "input")
@@ -127,17 +132,20 @@ def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
     return torch._C._increment_version
 
 
-# Dynamo traces the second function in the place of the first, as for every function with this attribute; nothing that
-# tells the two apart is left to do in eager mode.
+# Dynamo traces the second function in the place of the first, as it does for every function with this
+# attribute; so nothing is left in eager mode that tells the two apart.
 _TEMPLATE = """
 def {name}({signature}, *, out=None):
-    return _eager_{name}({arguments}, out)
+    {body}
 
 def _traced_{name}({signature}, *, out=None):
     return _traced({name!r}, ({arguments},), out)
 
 {name}._torchdynamo_inline = _traced_{name}
 """
+_BODY = "return _eager_{name}({arguments}, out)"
+_BODY_THAT_MAY_DECLINE = """result = _eager_{name}({arguments}, out)
+    return _composed_{name}({arguments}, out) if result is NotImplemented else result"""
 
 
 def _define(spec: dict[str, Any]) -> None:
@@ -145,15 +153,18 @@ def _define(spec: dict[str, Any]) -> None:
 
     In this module's own globals: Dynamo guards a function's globals by the name of its module.
     """
-    arguments = [arg["name"] for arg in _arguments(spec)]
+    name, names = spec["name"], [arg["name"] for arg in _arguments(spec)]
     defaults = {arg["name"] for arg in _arguments(spec) if arg["role"] == "optional"}
+    body = _BODY_THAT_MAY_DECLINE if f"_composed_{name}" in globals() else _BODY
+    arguments = ", ".join(names)
     source = _TEMPLATE.format(
-        name=spec["name"],
-        signature=", ".join(f"{name}=None" if name in defaults else name for name in arguments),
-        arguments=", ".join(arguments),
+        name=name,
+        signature=", ".join(f"{name}=None" if name in defaults else name for name in names),
+        arguments=arguments,
+        body=body.format(name=name, arguments=arguments),
     )
-    exec(compile(source, f"<qbits.ops.{spec['name']}>", "exec"), globals())
-    globals()[spec["name"]].__doc__ = _docstring(spec)
+    exec(compile(source, f"<qbits.ops.{name}>", "exec"), globals())
+    globals()[name].__doc__ = _docstring(spec)
 
 
 def _traced(name: str, args: tuple[Any, ...], out: Any) -> Any:
@@ -198,12 +209,6 @@ def _direct_gemm_4bit(*arguments: Any) -> Any:
     return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
 
 
-def _eager_gemm_4bit(*arguments: Any) -> Any:
-    """As above, from eager mode."""
-    result = _core.eager_gemm_4bit(*arguments)
-    return _composed_gemm_4bit(*arguments) if result is NotImplemented else result
-
-
 def _composed_gemm_4bit(
     input: Any,
     packed: Any,
@@ -221,7 +226,8 @@ def _composed_gemm_4bit(
     """Decode, then torch's GEMM."""
     statistics = (absmax_scale, absmax_offset, absmax_codebook)
     _core.check("gemm_4bit", input, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
-    weight = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, input.dtype, *statistics, None)
+    dtype = input.dtype
+    weight = _core.dequantize_4bit(packed, absmax, N * K, codebook, block_size, dtype, *statistics, None)
     return _dense_product(input, weight.view(N, K), bias, output)
 
 

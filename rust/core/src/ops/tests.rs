@@ -67,7 +67,7 @@ fn sized(
         let address = 0x1000_0000 * (i + 1);
         if let Value::Tensor(given) = call[i] {
             let shape = match arg.role {
-                Role::In(_, "M, K") => vec![m, k],
+                Role::In(_, "*M, K") => vec![m, k],
                 Role::Optional(_, "N") => vec![100],
                 Role::Flat(_, "256") | Role::OptionalFlat(_, "256") => vec![256],
                 Role::Flat(_, "1") | Role::OptionalFlat(_, "1") => vec![1],
