@@ -1,6 +1,7 @@
 //! One call of an op: borrow, check, allocate what is missing, run, answer with the outputs.
 
 use crate::buffer::Buffer;
+use crate::dependent;
 use crate::exception::raise;
 use crate::lend::{Framework, Lender, Loans};
 use pyo3::Borrowed;
@@ -71,11 +72,13 @@ impl<'py> Answer<'py> {
     }
 }
 
-/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
+/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None. Only an eager
+/// call may read weights before earlier work has ended.
 pub fn call<'a, 'py>(
     py: Python<'py>,
     op: &'static Op,
     args: &[Borrowed<'a, 'py, PyAny>],
+    is_eager: bool,
 ) -> PyResult<Answer<'py>> {
     with_values(py, op, args, |values, symbols, loans| {
         let compiled = (op.compiled)();
@@ -108,7 +111,8 @@ pub fn call<'a, 'py>(
             }
         }
         compiled.check_outputs(values, symbols).map_err(|error| raise(py, error))?;
-        run(py, op, values, symbols, loans)?;
+        let weights_are_ready = is_eager && dependent::is_ready(py, op, values)?;
+        run(py, op, values, symbols, loans, weights_are_ready)?;
         let has_elements = compiled.outputs().any(|i| matches!(values[i], Value::Tensor(t) if !t.is_empty()));
         Ok(Answer { is_declined: false, has_elements, outputs: results.finish(py, loans)? })
     })
@@ -118,7 +122,9 @@ pub fn call<'a, 'py>(
 fn backend(py: Python<'_>, op: &'static str, symbols: &Symbols, loans: &mut Loans) -> PyResult<Backend> {
     Ok(match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
         Device::Cpu => Backend::Cpu(Cpu { num_threads: 1 }),
-        Device::Cuda(ordinal) => Backend::Cuda(Cuda { stream: loans.stream(py, op, ordinal)? }),
+        Device::Cuda(ordinal) => {
+            Backend::Cuda(Cuda { stream: loans.stream(py, op, ordinal)?, weights_are_ready: false })
+        }
     })
 }
 
@@ -232,7 +238,14 @@ pub fn to_dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
     Ok(found)
 }
 
-fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut Loans) -> PyResult<()> {
+fn run(
+    py: Python<'_>,
+    op: &Op,
+    values: &[Value],
+    symbols: &Symbols,
+    loans: &mut Loans,
+    weights_are_ready: bool,
+) -> PyResult<()> {
     let name = (op.compiled)().spec.name;
     let result = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
         Device::Cpu => {
@@ -252,8 +265,9 @@ fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut
             if cuda::full_check() {
                 check_memory(op, values, stream).map_err(|error| raise(py, error))?;
             }
+            let backend = &Backend::Cuda(Cuda { stream, weights_are_ready });
             // SAFETY: as above; the stream is the one on which the lenders order the use of their memory.
-            let result = py.detach(|| unsafe { (op.run)(values, &Backend::Cuda(Cuda { stream })) });
+            let result = py.detach(|| unsafe { (op.run)(values, backend) });
             if result.is_ok() && loans.must_synchronize {
                 // SAFETY: the stream of the call, live for its time.
                 unsafe { cuda::synchronize(name, stream) }.map_err(|error| raise(py, error))?;

@@ -73,7 +73,7 @@ pub fn call_eagerly<'py>(
         }
         None => items[inputs.len()] = *out,
     }
-    let answer = match call(py, op, &items[..num_items]) {
+    let answer = match call(py, op, &items[..num_items], true) {
         Err(error) if is_traced(py, &error) => return traced(),
         answer => answer?,
     };

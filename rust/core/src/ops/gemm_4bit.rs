@@ -232,6 +232,7 @@ impl Run<Gemm4bit> for Cuda {
         unsafe { launch("gemm_4bit", &plan.launch, &plan.params, self.stream) }
     }
 
+    const WEIGHTS: &[&str] = &["packed", "absmax", "absmax_scale", "absmax_offset", "absmax_codebook"];
     const MAY_DECLINE: bool = true;
 
     fn declines(&self, op: &Gemm4bit) -> Result<bool> {

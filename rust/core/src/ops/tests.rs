@@ -16,6 +16,10 @@ fn stream() -> Stream {
     Stream { handle: std::ptr::without_provenance_mut(0x40), device: 0 }
 }
 
+fn cuda() -> Cuda {
+    Cuda { stream: stream(), weights_are_ready: false }
+}
+
 /// Every legal combination of choices for `op`, with `n` elements (M = `m`, N = 100 rows of K = `k`).
 fn calls(op: &crate::backend::Op, n: i64, m: i64, k: i64) -> Vec<Vec<Value<'static>>> {
     let compiled = (op.compiled)();
@@ -102,7 +106,7 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
             for call in calls(op, 100 * k, m, k) {
                 let recorder = Recorder::install(Machine::h200());
                 // SAFETY: the recorder stands in for the driver: no address is read.
-                let result = unsafe { (op.run)(&call, &Backend::Cuda(Cuda { stream: stream() })) };
+                let result = unsafe { (op.run)(&call, &Backend::Cuda(cuda())) };
                 result.unwrap_or_else(|error| panic!("{name}: {error}"));
                 let launches = recorder.launches();
                 assert!(!launches.is_empty(), "{name} must launch");
@@ -138,7 +142,7 @@ fn empty_tensors_launch_nothing_but_their_scalars() {
             }
             let recorder = Recorder::install(Machine::h200());
             // SAFETY: as above.
-            let result = unsafe { (op.run)(&call, &Backend::Cuda(Cuda { stream: stream() })) };
+            let result = unsafe { (op.run)(&call, &Backend::Cuda(cuda())) };
             if num_scalars == 0 {
                 result.expect("nothing to do");
                 assert!(recorder.launches().is_empty(), "{}", compiled.spec.name);
@@ -164,6 +168,6 @@ fn grids_stay_within_the_limit_and_kernels_walk_on() {
     let recorder = Recorder::install(Machine::h200());
     Quantize4bit::compiled().check_inputs(&call).expect("legal");
     // SAFETY: the recorder stands in for the driver.
-    unsafe { (OPS[0].run)(&call, &Backend::Cuda(Cuda { stream: stream() })) }.expect("launched");
+    unsafe { (OPS[0].run)(&call, &Backend::Cuda(cuda())) }.expect("launched");
     assert_eq!(recorder.launches()[0].grid, (1 << 31) - 1);
 }
