@@ -133,10 +133,11 @@ def tensor_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     if arg["shape"] not in ("1", ""):  # the strides of a single element say nothing
         yield breach("is strided", errors.ArgumentValueError, change_tensor(name, strided, strided_sentence))
     if not arg["flat"]:
+        leads = arg["shape"].startswith("*")
         yield breach(
-            "has a dimension more",
+            "has no dimension" if leads else "has a dimension more",
             errors.ShapeError,
-            change_tensor(name, lambda t: t[None], rank_sentence(arg)),
+            change_tensor(name, lambda t: t.sum() if leads else t[None], rank_sentence(arg)),
         )
         yield breach("is too wide", errors.ShapeError, change_tensor(name, wider, shape_sentence(arg)))
     elif not arg["shape"].isidentifier() or op in LENGTH_FROM_INT.get(arg["shape"], ()):
@@ -154,10 +155,11 @@ def strided_sentence(_: Call, before: torch.Tensor) -> str:
 
 
 def rank_sentence(arg: dict[str, Any]) -> Callable[[Call, torch.Tensor], str]:
-    """What is said of one dimension too many."""
-    rank = len(arg["shape"].split(","))
-    due = f"{rank} dimension{'' if rank == 1 else 's'} [{arg['shape']}]"
-    return lambda _, before: f"must have {due}, got shape {text((1, *before.shape))}"
+    """What is said of one dimension too many, or of none where there may be many."""
+    rank, leads = arg["shape"].count(",") + 1, arg["shape"].startswith("*")
+    rank -= leads
+    due = f"{'at least ' * leads}{rank} dimension{'' if rank == 1 else 's'} [{arg['shape']}]"
+    return lambda _, before: f"must have {due}, got shape {[] if leads else text((1, *before.shape))}"
 
 
 def shape_sentence(arg: dict[str, Any]) -> Callable[[Call, torch.Tensor], str]:

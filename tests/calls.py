@@ -30,7 +30,8 @@ def shape_of(arg: dict[str, Any], sizes: dict[str, int]) -> tuple[int, ...]:
     """The dimensions that the shape expression of an argument stands for."""
     if not arg["shape"]:
         return ()
-    shape: tuple[int, ...] = eval(f"({arg['shape']},)", {"ceil_div": ceil_div}, dict(sizes))
+    leading = {"M": (sizes["M"],)} if arg["shape"].startswith("*M,") else {}
+    shape: tuple[int, ...] = eval(f"({arg['shape']},)", {"ceil_div": ceil_div}, {**sizes, **leading})
     return shape
 
 

@@ -313,6 +313,15 @@ def gemm_4bit(
     return product if bias is None else product + bias.astype(np.float64)
 
 
+def gemm_4bit_transposed(
+    x: Floats, packed: Bytes, absmax: Floats, shape: tuple[int, int], codebook: str, block_size: int
+) -> npt.NDArray[np.float64]:
+    """`x @ W` in float64, with W = RN(value * absmax) in float32; shape is (N, K)."""
+    weight = decode_4bit(packed, absmax, shape[0] * shape[1], codebook, block_size).reshape(shape)
+    product: npt.NDArray[np.float64] = x.astype(np.float64) @ weight.astype(np.float64)
+    return product
+
+
 # -------------------------------------------------------------------------------------------- output dtypes
 
 

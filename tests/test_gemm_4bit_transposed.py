@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import reference
 import torch
-from compare import Guarded, assert_same_bits, dtype_of, tensor_of
+from compare import Guarded, assert_same_bits, dtype_of, tensor_of, widened
 from qbits import ops
 from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES
 from test_gemm_4bit import RANDOM, Weight, _same_numbers_in_any_order, decoded_matrix, random_weight
@@ -23,7 +24,8 @@ def multiply_and_compare(M: int, weight: Weight, dtype: str, device: str, offset
     output = Guarded((M, K), dtype_of(dtype), device)
     ops.gemm_4bit_transposed(x, *positional, out=output.tensor, **keywords)
     output.assert_intact()
-    exact = x.double() @ decoded_matrix(weight, "float32", device).double()
+    parts = (weight.packed, weight.absmax, (N, K), weight.codebook, weight.block_size)
+    exact = torch.from_numpy(reference.gemm_4bit_transposed(widened(x).reshape(M, N), *parts)).to(device)
     torch_error = ((x @ decoded_matrix(weight, dtype, device)).double() - exact).abs().max()
     one_rounding = exact.abs().max() * torch.finfo(x.dtype).eps
     assert (output.tensor.double() - exact).abs().max() <= 2 * torch_error + one_rounding

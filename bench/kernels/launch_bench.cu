@@ -75,8 +75,30 @@ int main() {
         report("cuLaunchKernelEx, CUkernel", host_ns([&] {
                    check(cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr));
                }));
+        CUlaunchAttribute attributes[2] = {};
+        attributes[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes[0].value.programmaticStreamSerializationAllowed = 1;
+        attributes[1].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[1].value.clusterDim = {1, 1, 1};
+        config.attrs = attributes;
+        for (config.numAttrs = 1; config.numAttrs <= 2; ++config.numAttrs)
+            report(config.numAttrs == 1 ? "the same, dependent" : "the same, dependent, a cluster", host_ns([&] {
+                       check(cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr));
+                   }));
         report("runtime <<<>>>", host_ns([&] { nothing<<<1, 256, 0, s>>>(params); }));
     }
+    void* matrix;
+    cudaMalloc(&matrix, 4096 * 4096 * 2);
+    alignas(64) CUtensorMap map;
+    const cuuint64_t dims[] = {4096, 4096}, strides[] = {8192};
+    const cuuint32_t box[] = {64, 128}, steps[] = {1, 1};
+    report("cuTensorMapEncodeTiled, 2 dimensions", host_ns([&] {
+               check(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix, dims, strides, box,
+                                            steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+           }));
+    report("cuTensorMapReplaceAddress", host_ns([&] { check(cuTensorMapReplaceAddress(&map, matrix)); }));
     CUcontext context;
     report("cuCtxGetCurrent", host_ns([&] { cuCtxGetCurrent(&context); }));
 }

@@ -16,6 +16,7 @@ from qbits.errors import QbitsError, QbitsWarning
 if TYPE_CHECKING:
     from qbits import checkpoint, compat, functional, model, nn, report, schemes
     from qbits.checkpoint import load, quantize_checkpoint, save
+    from qbits.dependent import dependent_launch
     from qbits.model import dequantize_, quantize_
     from qbits.report import compare, memory_report
     from qbits.schemes import available_schemes
@@ -29,6 +30,7 @@ __all__ = [
     "checkpoint",
     "compare",
     "compat",
+    "dependent_launch",
     "dequantize_",
     "errors",
     "functional",
@@ -49,6 +51,7 @@ _MODULES = {"checkpoint", "compat", "functional", "model", "nn", "report", "sche
 _ATTRIBUTES = {
     "available_schemes": "schemes",
     "compare": "report",
+    "dependent_launch": "dependent",
     "dequantize_": "model",
     "load": "checkpoint",
     "memory_report": "report",

@@ -18,7 +18,7 @@ class Gemm4bit(torch.autograd.Function):
     linear in grad_output, so that a second backward works. The backward dequantizes again instead of
     saving: N*K/2 bytes stay alive between forward and backward, not N*K*2. The input is never saved.
 
-    Shapes: input [M, K]; packed, N*K/2 bytes; absmax [N * K / block_size]; bias [N]; the rest as
+    Shapes: input [*, K]; packed, N*K/2 bytes; absmax [N * K / block_size]; bias [N]; the rest as
         `ops.gemm_4bit` has it.
     Dtypes: input float32, float16 or bfloat16, and the output as it; bias any of them.
     Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3.
@@ -72,7 +72,9 @@ class Gemm4bit(torch.autograd.Function):
             else:
                 grad_input = ops.gemm_4bit_transposed(grad_output.contiguous(), *weight)
         if ctx.needs_input_grad[7]:
-            grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            leading = tuple(range(grad_output.dim() - 1))
+            grad_bias = grad_output.sum(leading, dtype=torch.float32) if leading else grad_output
+            grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_input, None, None, None, None, None, None, grad_bias, None, None, None
 
 
@@ -92,7 +94,7 @@ def _differentiable_product(
     # an autocast around backward() must not round a product whose dtype the forward has chosen
     device_type = "cpu" if grad_output.is_meta else grad_output.device.type
     with torch.autocast(device_type, enabled=False):
-        return grad_output @ flat.view(N, K)
+        return torch.matmul(grad_output, flat.view(N, K))
 
 
 def _savable(tensor: torch.Tensor | None) -> torch.Tensor | None:

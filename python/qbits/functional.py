@@ -5,7 +5,6 @@ Without a gradient every call takes arrays of any framework that speaks DLPack, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +132,7 @@ def linear_4bit(
         raise ShapeError(
             f"qbits::linear_4bit: weight must have 2 dimensions, got shape {tuple(weight.shape)}"
         )
-    N, K = weight.shape
+    K = weight.shape[1]
     shape = input.shape
     if len(shape) == 0 or shape[-1] != K:
         raise ShapeError(f"qbits::linear_4bit: input must have shape [*, {K}], got {list(shape)}")
@@ -144,8 +143,6 @@ def linear_4bit(
         dtype = torch.get_autocast_dtype(device_type)
     operand_dtype = dtype if compute_dtype is None else compute_dtype
     rows = input if input.dtype == operand_dtype else input.to(operand_dtype)
-    if len(shape) != 2:
-        rows = rows.reshape(math.prod(shape[:-1]), K)
     rows = rows.contiguous()
     if bias is not None:
         bias = bias.contiguous()
@@ -155,10 +152,7 @@ def linear_4bit(
         return _linear_4bit_into(out, input, rows, weight, bias, dtype)
     product = Gemm4bit.apply if recorded else ops.gemm_4bit
     result = product(rows, *_gemm_arguments(weight, bias))
-    if result.dtype != dtype:
-        result = result.to(dtype)
-    # not a view of the [M, N] result, so that in-place ops on it keep a short graph
-    return result if len(shape) == 2 else torch.ops.aten._unsafe_view.default(result, (*shape[:-1], N))
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 def _gemm_arguments(weight: QTensor4, bias: Any) -> tuple[Any, ...]:
@@ -190,7 +184,7 @@ def _linear_4bit_into(
     shape = (*input.shape[:-1], weight.shape[0])
 
     def multiply(flat: Any) -> Any:
-        target = None if flat is None else flat.view(rows.shape[0], weight.shape[0])
+        target = None if flat is None else flat.view(shape)
         return ops.gemm_4bit(rows, *_gemm_arguments(weight, bias), out=target)
 
     direct = rows.dtype == dtype
@@ -205,8 +199,7 @@ def _linear_4bit_foreign(input: Any, weight: QTensor4, bias: Any, compute_dtype:
         raise ArgumentValueError(
             f"qbits::linear_4bit: compute_dtype must be None for a foreign array, got {compute_dtype}"
         )
-    rows = contiguous(input.reshape((math.prod(input.shape[:-1]), weight.shape[1])))
-    result = ops.gemm_4bit(rows, *_gemm_arguments(weight, bias), out=out)
+    result = ops.gemm_4bit(contiguous(input), *_gemm_arguments(weight, bias), out=out)
     return result if out is not None else in_kind(result, input, (*input.shape[:-1], weight.shape[0]))
 
 

@@ -72,7 +72,12 @@ def _fake(spec: dict[str, Any]) -> Callable[..., Any]:
                 continue
             tensor = values[arg["name"]]
             sizes = [tensor.numel()] if arg["flat"] else list(tensor.shape)
-            for symbol, size in zip((name.strip() for name in arg["shape"].split(",")), sizes, strict=False):
+            names = [name.strip() for name in arg["shape"].split(",")]
+            if names[0].startswith("*"):  # any dimensions before the others
+                leading = len(sizes) - (len(names) - 1)
+                symbols.setdefault(names.pop(0)[1:], sizes[:leading])
+                sizes = sizes[leading:]
+            for symbol, size in zip(names, sizes, strict=False):
                 if symbol.isidentifier():
                     symbols.setdefault(symbol, size)
         first = next(values[arg["name"]] for arg in arguments if arg["role"] == "input")
@@ -90,12 +95,13 @@ def _fake(spec: dict[str, Any]) -> Callable[..., Any]:
 
 def _implementation(spec: dict[str, Any]) -> Callable[..., Any]:
     """What the dispatcher calls with real tensors: the direct path without a way back."""
-    function = globals()["_direct_" + spec["name"]]
+    direct, composed = getattr(_core, spec["name"]), globals().get("_composed_" + spec["name"])
     num_arguments, num_outputs = len(_arguments(spec)), len(_outputs(spec))
 
     def implementation(*args: Any) -> Any:
-        absent = (None,) * (num_arguments - len(args))
-        return function(*args, *absent, *(None,) * num_outputs)
+        args = (*args, *(None,) * (num_arguments - len(args) + num_outputs))
+        result = direct(*args)
+        return composed(*args) if composed is not None and result is NotImplemented else result
 
     return implementation
 
@@ -127,17 +133,20 @@ def _find_increment_version() -> Callable[[tuple[Tensor, ...]], None]:
     return torch._C._increment_version
 
 
-# Dynamo traces the second function in the place of the first, as for every function with this attribute;
-# nothing that tells the two apart is left to do in eager mode.
+# Dynamo traces the second function in the place of the first, as it does for every function with this
+# attribute; so nothing is left in eager mode that tells the two apart.
 _TEMPLATE = """
 def {name}({signature}, *, out=None):
-    return _eager_{name}({arguments}, out)
+    {body}
 
 def _traced_{name}({signature}, *, out=None):
     return _traced({name!r}, ({arguments},), out)
 
 {name}._torchdynamo_inline = _traced_{name}
 """
+_BODY = "return _eager_{name}({arguments}, out)"
+_BODY_THAT_MAY_DECLINE = """result = _eager_{name}({arguments}, out)
+    return _composed_{name}({arguments}, out) if result is NotImplemented else result"""
 
 
 def _define(spec: dict[str, Any]) -> None:
@@ -145,15 +154,18 @@ def _define(spec: dict[str, Any]) -> None:
 
     In this module's own globals: Dynamo guards a function's globals by the name of its module.
     """
-    arguments = [arg["name"] for arg in _arguments(spec)]
+    name, names = spec["name"], [arg["name"] for arg in _arguments(spec)]
     defaults = {arg["name"] for arg in _arguments(spec) if arg["role"] == "optional"}
+    body = _BODY_THAT_MAY_DECLINE if f"_composed_{name}" in globals() else _BODY
+    arguments = ", ".join(names)
     source = _TEMPLATE.format(
-        name=spec["name"],
-        signature=", ".join(f"{name}=None" if name in defaults else name for name in arguments),
-        arguments=", ".join(arguments),
+        name=name,
+        signature=", ".join(f"{name}=None" if name in defaults else name for name in names),
+        arguments=arguments,
+        body=body.format(name=name, arguments=arguments),
     )
-    exec(compile(source, f"<qbits.ops.{spec['name']}>", "exec"), globals())
-    globals()[spec["name"]].__doc__ = _docstring(spec)
+    exec(compile(source, f"<qbits.ops.{name}>", "exec"), globals())
+    globals()[name].__doc__ = _docstring(spec)
 
 
 def _traced(name: str, args: tuple[Any, ...], out: Any) -> Any:
@@ -190,16 +202,6 @@ def _written(tensors: tuple[Any, ...]) -> None:
 def _increment_versions_singly(tensors: tuple[Tensor, ...]) -> None:
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
-
-
-def _or_composed(fused: Callable[..., Any], composed: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused kernel, or decode and torch's GEMM where the rule in the core declines."""
-
-    def run(*arguments: Any) -> Any:
-        result = fused(*arguments)
-        return composed(*arguments) if result is NotImplemented else result
-
-    return run
 
 
 def _composed_gemm_4bit(
@@ -266,16 +268,8 @@ _increment_version = _find_increment_version()
 
 _core.set_eager_hooks(torch._C._len_torch_dispatch_stack, _traced, _increment_version, _written)
 
-for _name, _composed in (
-    ("gemm_4bit", _composed_gemm_4bit),
-    ("gemm_4bit_transposed", _composed_gemm_4bit_transposed),
-):
-    for _kind, _prefix in (("_direct_", ""), ("_eager_", "eager_")):
-        globals()[_kind + _name] = _or_composed(getattr(_core, _prefix + _name), _composed)
-
 for _spec in SPECS.values():
-    for _kind, _prefix in (("_direct_", ""), ("_eager_", "eager_")):
-        globals().setdefault(_kind + _spec["name"], getattr(_core, _prefix + _spec["name"]))
+    globals()["_eager_" + _spec["name"]] = getattr(_core, "eager_" + _spec["name"])
     _define(_spec)
     _LIBRARY.define(_schema(_spec), tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):

@@ -14,6 +14,9 @@ pub trait Run<Op> {
     /// its tensors must be live, initialized where it is read, and untouched by others until the work is done.
     unsafe fn run(&self, op: &Op) -> Result<()>;
 
+    /// Arguments that a kernel may read before earlier work of the stream has ended, if nobody writes them.
+    const WEIGHTS: &[&str] = &[];
+
     /// Whether the caller's framework computes the op faster by ops of its own, where it has them.
     const MAY_DECLINE: bool = false;
 
@@ -35,6 +38,9 @@ pub struct Cpu {
 pub struct Cuda {
     /// Where the work is enqueued; also names the device.
     pub stream: Stream,
+    /// The arguments of [`Run::WEIGHTS`] are written by no work in flight: kernels may read them before earlier work of the
+    /// stream has ended.
+    pub weights_are_ready: bool,
 }
 
 /// The backend of one call.
@@ -58,6 +64,8 @@ pub struct Op {
     pub run: unsafe fn(&[Value], &Backend) -> Result<()>,
     /// Binds the values and asks [`Run::declines`]; None where the op never does.
     pub declines: Option<Question>,
+    /// [`Run::WEIGHTS`] on CUDA.
+    pub weights: &'static [&'static str],
 }
 
 /// # Safety
@@ -99,6 +107,7 @@ macro_rules! ops {
             compiled: <$Op as Bind>::compiled,
             run: run::<$Op>,
             declines: if <Cuda as Run<$Op>>::MAY_DECLINE { Some(declines::<$Op>) } else { None },
+            weights: <Cuda as Run<$Op>>::WEIGHTS,
         }),+];
     };
 }

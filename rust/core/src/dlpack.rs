@@ -118,6 +118,11 @@ pub struct ExchangeApi {
     pub current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int>,
 }
 
+// SAFETY: DLPack demands static tables whose functions may be called from any thread.
+unsafe impl Sync for ExchangeApi {}
+// SAFETY: as for Sync.
+unsafe impl Send for ExchangeApi {}
+
 const _: () = {
     assert!(size_of::<DlDevice>() == 8 && size_of::<DlDataType>() == 4 && size_of::<DlVersion>() == 8);
     assert!(

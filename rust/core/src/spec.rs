@@ -27,7 +27,8 @@ pub enum Of {
     Arg(&'static str),
 }
 
-/// What an argument is. Shapes are expressions over symbols: `n`, `M, K`, `ceil_div(N * K, block_size)`.
+/// What an argument is. Shapes are expressions over symbols: `n`, `N, K`, `ceil_div(N * K, block_size)`. A shape may start
+/// with any dimensions: `*M, K`.
 #[derive(Clone, Copy, Debug)]
 pub enum Role {
     /// A tensor with exactly these dimensions.

@@ -98,6 +98,7 @@ pub struct Tensor {
     pub device: Device,
     rank: usize,
     dims: [i64; MAX_RANK],
+    len: i64,
     /// Row-major without gaps, ignoring dimensions of size 1.
     pub is_contiguous: bool,
     /// The lender forbids writing.
@@ -115,27 +116,34 @@ impl Tensor {
     /// # Panics
     /// With more dimensions.
     pub fn new(data: *mut u8, dtype: Dtype, device: Device, shape: &[i64]) -> Self {
-        let mut dims = [1; MAX_RANK];
-        dims[..shape.len()].copy_from_slice(shape);
-        Self { data, dtype, device, rank: shape.len(), dims, is_contiguous: true, is_read_only: false }
+        let (mut dims, mut len) = ([1; MAX_RANK], 1i64);
+        for (dim, size) in dims[..shape.len()].iter_mut().zip(shape) {
+            *dim = *size;
+            len = len.saturating_mul(*size);
+        }
+        Self { data, dtype, device, rank: shape.len(), dims, len, is_contiguous: true, is_read_only: false }
     }
 
     /// Sizes of the dimensions.
+    #[inline]
     pub fn shape(&self) -> &[i64] {
         &self.dims[..self.rank]
     }
 
     /// Number of elements; the largest number where they are more.
+    #[inline]
     pub fn len(&self) -> i64 {
-        self.shape().iter().fold(1, |len, size| len.saturating_mul(*size))
+        self.len
     }
 
     /// No elements.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// Bytes of all elements.
+    #[inline]
     pub fn num_bytes(&self) -> usize {
         self.len() as usize * self.dtype.size()
     }

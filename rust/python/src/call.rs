@@ -1,6 +1,7 @@
 //! One call of an op: borrow, check, allocate what is missing, run, answer with the outputs.
 
 use crate::buffer::Buffer;
+use crate::dependent;
 use crate::exception::raise;
 use crate::lend::{Framework, Lender, Loans};
 use pyo3::Borrowed;
@@ -14,18 +15,19 @@ use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, Exchang
 use qbits_core::spec::{Arg, Compiled, Role, Symbols, Value};
 use qbits_core::tensor::DTYPES;
 use qbits_core::{Device, Dtype, Error, ErrorKind, Tensor};
-use std::cell::{OnceCell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Most arguments that an op may have, scratch included.
 pub const MAX_ARGS: usize = 12;
 /// Below this many elements a CPU op is not worth asking for more threads.
 const INLINE_ELEMENTS: i64 = 1 << 16;
 
-thread_local! {
-    /// Dtype objects seen by this thread, kept alive so that an address means one object for ever.
-    static DTYPE_OBJECTS: RefCell<Vec<(usize, Dtype, Py<PyAny>)>> = const { RefCell::new(Vec::new()) };
-}
+/// Dtype objects seen, kept alive so that an address means one object for ever.
+static DTYPE_OBJECTS: [OnceLock<(usize, Dtype, Py<PyAny>)>; 16] = [const { OnceLock::new() }; 16];
+
+/// Names of types that were given where they cannot be, kept for ever: there are few.
+static TYPE_NAMES: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
 static NUM_THREADS_SOURCE: pyo3::sync::PyOnceLock<Py<PyAny>> = pyo3::sync::PyOnceLock::new();
 
@@ -70,60 +72,60 @@ impl<'py> Answer<'py> {
     }
 }
 
-/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None.
+/// Calls `op` with all its arguments but the scratch, in the order of the declaration. Outputs may be None. Only an eager
+/// call may read weights before earlier work has ended.
 pub fn call<'a, 'py>(
     py: Python<'py>,
     op: &'static Op,
     args: &[Borrowed<'a, 'py, PyAny>],
+    is_eager: bool,
 ) -> PyResult<Answer<'py>> {
     with_values(py, op, args, |values, symbols, loans| {
         let compiled = (op.compiled)();
-        if declines(py, op, values, symbols, loans)? {
-            return Ok(Answer { is_declined: true, ..Answer::default() });
-        }
         let mut results = Results::default();
-        for (i, arg) in compiled.spec.args.iter().enumerate() {
-            match (arg.role, &values[i]) {
-                (Role::Scratch(_), _) | (Role::Out(..), Value::Absent) => {
-                    values[i] = Value::Tensor(results.allocate(py, compiled, i, values, symbols, loans)?);
+        let is_given = |value: &Value| !matches!(value, Value::Absent);
+        let mut given = 0u32;
+        for i in compiled.written() {
+            match is_given(&values[i]) {
+                true => given |= 1 << i,
+                false => {
+                    let wanted = compiled.output(i, values, symbols).map_err(|error| raise(py, error))?;
+                    values[i] = Value::Tensor(wanted);
                 }
-                (Role::Out(..), _) => results.given(args[i]),
-                _ => {}
+            }
+        }
+        if let Some(declines) = op.declines
+            && loans.are_torch()
+            && compiled.written().all(|i| matches!(values[i], Value::Tensor(_)))
+        {
+            let backend = backend(py, compiled.spec.name, symbols, loans)?;
+            if declines(values, &backend).map_err(|error| raise(py, error))? {
+                return Ok(Answer { is_declined: true, ..Answer::default() });
+            }
+        }
+        for i in compiled.written() {
+            match &mut values[i] {
+                _ if given & (1 << i) != 0 => results.given(args[i]),
+                Value::Tensor(wanted) => *wanted = results.allocate(py, compiled, i, wanted, loans)?,
+                other => unreachable!("a planned output, got {other:?}"),
             }
         }
         compiled.check_outputs(values, symbols).map_err(|error| raise(py, error))?;
-        run(py, op, values, symbols, loans)?;
+        let weights_are_ready = is_eager && dependent::is_ready(py, op, values)?;
+        run(py, op, values, symbols, loans, weights_are_ready)?;
         let has_elements = compiled.outputs().any(|i| matches!(values[i], Value::Tensor(t) if !t.is_empty()));
         Ok(Answer { is_declined: false, has_elements, outputs: results.finish(py, loans)? })
     })
 }
 
-/// Whether the op would rather not run, and the results are torch's.
-fn declines(
-    py: Python<'_>,
-    op: &Op,
-    values: &[Value],
-    symbols: &Symbols,
-    loans: &mut Loans,
-) -> PyResult<bool> {
-    let Some(declines) = op.declines.filter(|_| loans.are_torch()) else { return Ok(false) };
-    let compiled = (op.compiled)();
-    let backend = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
+/// The backend that a question is put to.
+fn backend(py: Python<'_>, op: &'static str, symbols: &Symbols, loans: &mut Loans) -> PyResult<Backend> {
+    Ok(match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
         Device::Cpu => Backend::Cpu(Cpu { num_threads: 1 }),
         Device::Cuda(ordinal) => {
-            Backend::Cuda(Cuda { stream: loans.stream(py, compiled.spec.name, ordinal)? })
+            Backend::Cuda(Cuda { stream: loans.stream(py, op, ordinal)?, weights_are_ready: false })
         }
-    };
-    let mut values: [Value; MAX_ARGS] =
-        std::array::from_fn(|i| values.get(i).copied().unwrap_or(Value::Absent));
-    for (i, arg) in compiled.spec.args.iter().enumerate() {
-        // what a caller gave as an output is checked later, where the op runs
-        if matches!(arg.role, Role::Out(..) | Role::Scratch(_)) {
-            let wanted = compiled.output(i, &values[..compiled.spec.args.len()], symbols);
-            values[i] = Value::Tensor(wanted.map_err(|error| raise(py, error))?);
-        }
-    }
-    declines(&values[..compiled.spec.args.len()], &backend).map_err(|error| raise(py, error))
+    })
 }
 
 /// Checks the arguments of an op as a call would, and runs nothing. Outputs are checked if all of them are given.
@@ -164,12 +166,11 @@ fn with_values<'a, 'py, R>(
         return Err(raise(py, Error::new(ErrorKind::Type, message)));
     }
 
-    let names: [OnceCell<String>; MAX_ARGS] = Default::default();
     let mut loans = Loans::default();
     let mut values = [Value::Absent; MAX_ARGS];
     let values = &mut values[..spec.args.len()];
     for (i, item) in args.iter().enumerate() {
-        values[i] = convert(spec.name, &spec.args[i], item, &mut loans, &names[i])?;
+        values[i] = convert(spec.name, &spec.args[i], item, &mut loans)?;
     }
     let symbols = compiled.check_inputs(values).map_err(|error| raise(py, error))?;
     then(values, &symbols, &mut loans)
@@ -181,7 +182,6 @@ fn convert<'a>(
     arg: &Arg,
     object: &'a Bound<'_, PyAny>,
     loans: &mut Loans,
-    name: &'a OnceCell<String>,
 ) -> PyResult<Value<'a>> {
     if object.is_none() {
         return Ok(Value::Absent);
@@ -194,11 +194,19 @@ fn convert<'a>(
         Role::OneOfDtype(_) => to_dtype(object)?.map(Value::Dtype),
         _ => loans.borrow(op, arg.name, object)?.map(Value::Tensor),
     };
-    Ok(value.unwrap_or_else(|| {
-        Value::Other(
-            name.get_or_init(|| object.get_type().name().map_or("an object".into(), |n| n.to_string())),
-        )
-    }))
+    Ok(value.unwrap_or_else(|| Value::Other(type_name(object))))
+}
+
+#[cold]
+fn type_name(object: &Bound<'_, PyAny>) -> &'static str {
+    let Ok(name) = object.get_type().name().map(|name| name.to_string()) else { return "an object" };
+    let mut names = TYPE_NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = names.iter().find(|known| **known == name) {
+        return known;
+    }
+    let name: &'static str = Box::leak(name.into_boxed_str());
+    names.push(name);
+    name
 }
 
 fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
@@ -209,10 +217,12 @@ fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
 /// The dtype that `object` names: a word, or an object whose text ends in one, as `torch.float32` does.
 pub fn to_dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
     let address = object.as_ptr() as usize;
-    let known =
-        DTYPE_OBJECTS.with_borrow(|seen| seen.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
-    if known.is_some() {
-        return Ok(known);
+    for seen in &DTYPE_OBJECTS {
+        match seen.get() {
+            Some((known, dtype, _)) if *known == address => return Ok(Some(*dtype)),
+            Some(_) => {}
+            None => break,
+        }
     }
     let text = object.str()?.to_string();
     let word = text.strip_prefix("torch.").unwrap_or(&text);
@@ -220,12 +230,22 @@ pub fn to_dtype(object: &Bound<'_, PyAny>) -> PyResult<Option<Dtype>> {
     if let Some(dtype) = found
         && !object.is_instance_of::<PyString>()
     {
-        DTYPE_OBJECTS.with_borrow_mut(|seen| seen.push((address, dtype, object.clone().unbind())));
+        let entry = (address, dtype, object.clone().unbind());
+        // With no slot left the text is read at every call.
+        let _ =
+            DTYPE_OBJECTS.iter().try_fold(entry, |entry, slot| slot.set(entry).map_or_else(Ok, |()| Err(())));
     }
     Ok(found)
 }
 
-fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut Loans) -> PyResult<()> {
+fn run(
+    py: Python<'_>,
+    op: &Op,
+    values: &[Value],
+    symbols: &Symbols,
+    loans: &mut Loans,
+    weights_are_ready: bool,
+) -> PyResult<()> {
     let name = (op.compiled)().spec.name;
     let result = match symbols.device.map_or(Device::Cpu, |(device, _)| device) {
         Device::Cpu => {
@@ -245,8 +265,9 @@ fn run(py: Python<'_>, op: &Op, values: &[Value], symbols: &Symbols, loans: &mut
             if cuda::full_check() {
                 check_memory(op, values, stream).map_err(|error| raise(py, error))?;
             }
+            let backend = &Backend::Cuda(Cuda { stream, weights_are_ready });
             // SAFETY: as above; the stream is the one on which the lenders order the use of their memory.
-            let result = py.detach(|| unsafe { (op.run)(values, &Backend::Cuda(Cuda { stream })) });
+            let result = py.detach(|| unsafe { (op.run)(values, backend) });
             if result.is_ok() && loans.must_synchronize {
                 // SAFETY: the stream of the call, live for its time.
                 unsafe { cuda::synchronize(name, stream) }.map_err(|error| raise(py, error))?;
@@ -289,24 +310,22 @@ impl<'py> Results<'py> {
         py: Python<'py>,
         compiled: &Compiled,
         index: usize,
-        values: &[Value],
-        symbols: &Symbols,
+        wanted: &Tensor,
         loans: &mut Loans,
     ) -> PyResult<Tensor> {
         let op = compiled.spec.name;
-        let wanted = compiled.output(index, values, symbols).map_err(|error| raise(py, error))?;
         let (object, tensor) = match loans.first {
             Some(Lender::Exchange(
                 ExchangeApi { allocate: Some(allocate), to_object: Some(to_object), .. },
                 _,
-            )) => allocate_exchange(py, *allocate, *to_object, &wanted)?,
-            Some(Lender::Capsule(Framework::Torch)) => allocate_torch(py, op, &wanted, loans)?,
+            )) => allocate_exchange(py, *allocate, *to_object, wanted)?,
+            Some(Lender::Capsule(Framework::Torch)) => allocate_torch(py, op, wanted, loans)?,
             _ => {
                 let stream = match wanted.device {
                     Device::Cpu => None,
                     Device::Cuda(ordinal) => Some(loans.stream(py, op, ordinal)?),
                 };
-                let (buffer, tensor) = Buffer::new(op, &wanted, stream).map_err(|error| raise(py, error))?;
+                let (buffer, tensor) = Buffer::new(op, wanted, stream).map_err(|error| raise(py, error))?;
                 let buffer = Bound::new(py, buffer)?;
                 self.buffers.push(buffer.clone());
                 (buffer.into_any(), tensor)

@@ -73,7 +73,7 @@ pub fn call_eagerly<'py>(
         }
         None => items[inputs.len()] = *out,
     }
-    let answer = match call(py, op, &items[..num_items]) {
+    let answer = match call(py, op, &items[..num_items], true) {
         Err(error) if is_traced(py, &error) => return traced(),
         answer => answer?,
     };
@@ -90,7 +90,11 @@ pub fn call_eagerly<'py>(
             hooks.written.bind(py).call1((tensors,))?;
         }
     }
-    Ok(outputs.map_or_else(|| (*out).to_owned(), Bound::into_any))
+    match outputs {
+        None => Ok((*out).to_owned()),
+        Some(outputs) if outputs.iter_borrowed().any(|output| output.is_none()) => answer.into_object(py),
+        Some(outputs) => Ok(outputs.into_any()),
+    }
 }
 
 /// The outputs of a call in a tuple.

@@ -37,7 +37,7 @@ unsafe extern "C" fn entry<const I: usize, const EAGER: bool>(
         let objects = &objects[..pointers.len().min(MAX_ARGS + 1)];
         let result = match EAGER {
             true => call_eagerly(py, &OPS[I], objects),
-            false => call(py, &OPS[I], objects).and_then(|answer| answer.into_object(py)),
+            false => call(py, &OPS[I], objects, false).and_then(|answer| answer.into_object(py)),
         };
         match result {
             Ok(result) => result.into_ptr(),

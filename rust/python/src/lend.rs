@@ -10,9 +10,9 @@ use pyo3::types::{PyCapsule, PyDict, PyTuple};
 use qbits_core::cuda::{self, Stream};
 use qbits_core::dlpack::{DEVICE_CUDA, DlTensor, ExchangeApi, Owned, Refusal};
 use qbits_core::{Dtype, Error, ErrorKind, Tensor};
-use std::cell::RefCell;
 use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 /// How objects of a type lend their memory.
 #[derive(Clone, Copy, Debug)]
@@ -40,23 +40,31 @@ pub enum Framework {
     Other,
 }
 
-thread_local! {
-    /// Types seen by this thread, kept alive so that an address means one type for ever.
-    static TYPES: RefCell<Vec<(usize, Lender, Py<PyAny>)>> = const { RefCell::new(Vec::new()) };
-}
+/// Types seen, kept alive so that an address means one type for ever.
+static TYPES: [OnceLock<(usize, Lender, Py<PyAny>)>; 32] = [const { OnceLock::new() }; 32];
 
 /// How `object` lends its memory.
+#[inline]
 pub fn lender(object: &Bound<'_, PyAny>) -> PyResult<Lender> {
     // SAFETY: Py_TYPE of a live object is a live type.
     let address = unsafe { ffi::Py_TYPE(object.as_ptr()) } as usize;
-    let known = TYPES.with_borrow(|types| types.iter().find(|entry| entry.0 == address).map(|entry| entry.1));
-    if let Some(lender) = known {
-        return Ok(lender);
+    for seen in &TYPES {
+        match seen.get() {
+            Some((known, lender, _)) if *known == address => return Ok(*lender),
+            Some(_) => {}
+            None => break,
+        }
     }
-    let class = object.get_type();
-    let lender = classify(class.as_any())?;
+    remember(address, object.get_type().into_any())
+}
+
+#[cold]
+fn remember(address: usize, class: Bound<'_, PyAny>) -> PyResult<Lender> {
+    let lender = classify(&class)?;
     if !matches!(lender, Lender::None) {
-        TYPES.with_borrow_mut(|types| types.push((address, lender, class.into_any().unbind())));
+        let entry = (address, lender, class.unbind());
+        // With no slot left the type is classified at every call.
+        let _ = TYPES.iter().try_fold(entry, |entry, slot| slot.set(entry).map_or_else(Ok, |()| Err(())));
     }
     Ok(lender)
 }

@@ -2,6 +2,7 @@
 
 mod buffer;
 mod call;
+mod dependent;
 mod describe;
 mod eager;
 mod exception;
@@ -17,6 +18,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     fastcall::register(module)?;
     module.add_class::<buffer::Buffer>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    dependent::register(module)?;
     eager::register(module)?;
     describe::register(module)?;
     maps::register(module)?;

@@ -18,11 +18,11 @@ op! {
     /// Multiply by a 4-bit weight: `output = input @ dequantize_4bit(packed, ...).reshape(N, K).T + bias`.
     ///
     /// The sum runs in float32, the bias is added in float32, and the result is rounded once to the input's dtype.
-    /// The weight is flat: blocks may straddle rows, so any N and K are legal.
+    /// The weight is flat: blocks may straddle rows, so any N and K are legal. Dimensions before the last are rows.
     ///
     /// Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3, equation 5.
     gemm_4bit => Gemm4bit {
-        input: In(FLOATS, "M, K"),
+        input: In(FLOATS, "*M, K"),
         packed: Flat(UINT8, "ceil_div(N * K, 2)"),
         absmax: Flat(ABSMAX, "ceil_div(N * K, block_size)"),
         N: Int,
@@ -33,7 +33,7 @@ op! {
         absmax_scale: OptionalFlat(FLOAT32, "ceil_div(ceil_div(N * K, block_size), 256)"),
         absmax_offset: OptionalFlat(FLOAT32, "1"),
         absmax_codebook: OptionalFlat(FLOAT32, "256"),
-        output: Out(Of::Like("input"), "M, N"),
+        output: Out(Of::Like("input"), "*M, N"),
     }
     rules: ABSMAX_RULES
 }
@@ -156,6 +156,9 @@ unsafe fn widen(tensor: &Tensor) -> Vec<f32> {
 
 impl Run<Gemm4bit> for Cpu {
     unsafe fn run(&self, op: &Gemm4bit) -> Result<()> {
+        if op.output.is_empty() {
+            return Ok(());
+        }
         let execution = Execution::new(self.num_threads)?;
         // SAFETY: the caller's promise: checked lengths and dtypes, written tensors that share no memory.
         with_float!(op.input.dtype, T => unsafe {
@@ -197,10 +200,15 @@ fn bias_number(bias: Option<Tensor>) -> i32 {
 }
 
 impl Gemm4bit {
+    /// Rows of input and output; none where the output is empty.
+    fn num_rows(&self) -> i64 {
+        self.output.len().checked_div(self.N).unwrap_or(0)
+    }
+
     fn problem(&self) -> Problem {
         let is_aligned = |tensor: &Tensor| (tensor.data as usize).is_multiple_of(16);
         Problem {
-            m: self.input.shape()[0],
+            m: self.num_rows(),
             n: self.N,
             k: self.K,
             dtype: self.input.dtype,
@@ -224,6 +232,7 @@ impl Run<Gemm4bit> for Cuda {
         unsafe { launch("gemm_4bit", &plan.launch, &plan.params, self.stream) }
     }
 
+    const WEIGHTS: &[&str] = &["packed", "absmax", "absmax_scale", "absmax_offset", "absmax_codebook"];
     const MAY_DECLINE: bool = true;
 
     fn declines(&self, op: &Gemm4bit) -> Result<bool> {

@@ -20,7 +20,7 @@ op! {
     ///
     /// Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3, equation 5.
     gemm_4bit_transposed => Gemm4bitTransposed {
-        input: In(FLOATS, "M, N"),
+        input: In(FLOATS, "*M, N"),
         packed: Flat(UINT8, "ceil_div(N * K, 2)"),
         absmax: Flat(ABSMAX, "ceil_div(N * K, block_size)"),
         N: Int,
@@ -30,7 +30,7 @@ op! {
         absmax_scale: OptionalFlat(FLOAT32, "ceil_div(ceil_div(N * K, block_size), 256)"),
         absmax_offset: OptionalFlat(FLOAT32, "1"),
         absmax_codebook: OptionalFlat(FLOAT32, "256"),
-        output: Out(Of::Like("input"), "M, K"),
+        output: Out(Of::Like("input"), "*M, K"),
         scratch: Scratch("K * 2048"),
     }
     rules: ABSMAX_RULES
@@ -65,7 +65,7 @@ impl Run<Gemm4bitTransposed> for Cpu {
     }
 
     fn declines(&self, op: &Gemm4bitTransposed) -> Result<bool> {
-        Ok(op.input.shape()[0] > MOST_FUSED_CPU)
+        Ok(op.num_rows() > MOST_FUSED_CPU)
     }
 }
 
@@ -112,6 +112,11 @@ struct Plan {
 }
 
 impl Gemm4bitTransposed {
+    /// Rows of input and output; none where the output is empty.
+    fn num_rows(&self) -> i64 {
+        self.output.len().checked_div(self.K).unwrap_or(0)
+    }
+
     /// Whether the kernels with tensor cores take the problem.
     fn has_mma(&self, limits: &Limits, forced: Option<Family>) -> bool {
         limits.capability >= (8, 0)
@@ -156,7 +161,7 @@ impl Run<Gemm4bitTransposed> for Cuda {
         }
         let limits = limits("gemm_4bit_transposed", self.stream.device)?;
         let forced = forced_family("gemm_4bit_transposed")?;
-        let tokens = op.input.shape()[0];
+        let tokens = op.num_rows();
         let row = |tensor: &Tensor, row: i64, len: i64| {
             tensor.data.wrapping_add((row * len) as usize * tensor.dtype.size())
         };
@@ -195,6 +200,6 @@ impl Run<Gemm4bitTransposed> for Cuda {
         let limits = limits("gemm_4bit_transposed", self.stream.device)?;
         let forced = forced_family("gemm_4bit_transposed")?;
         let most = if op.has_mma(limits, forced) { MOST_FUSED_MMA } else { MOST_FUSED_SIMT };
-        Ok(op.input.shape()[0] > most)
+        Ok(op.num_rows() > most)
     }
 }

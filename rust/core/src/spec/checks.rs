@@ -6,6 +6,7 @@ use crate::tensor::{Device, Dtype, Tensor};
 use std::fmt::Display;
 
 impl Compiled {
+    #[cold]
     fn error(&self, kind: ErrorKind, arg: &str, rule: impl Display, got: impl Display) -> Error {
         Error::new(kind, format!("qbits::{}: {arg} must {rule}, got {got}", self.spec.name))
     }
@@ -106,7 +107,7 @@ impl Compiled {
             let rule = format!("have dtype {}", names(dtypes));
             return Err(self.error(ErrorKind::Dtype, arg.name, rule, tensor.dtype));
         }
-        self.check_device(arg, tensor, symbols)?;
+        self.check_device(index, arg, tensor, symbols)?;
         match arg.role {
             Role::Flat(..) | Role::OptionalFlat(..) => self.check_len(index, arg, tensor, symbols)?,
             _ => self.check_shape(index, arg, tensor, symbols)?,
@@ -114,7 +115,8 @@ impl Compiled {
         self.check_memory(arg, tensor)
     }
 
-    fn check_device(&self, arg: &Arg, tensor: &Tensor, symbols: &mut Symbols) -> Result<()> {
+    #[inline]
+    fn check_device(&self, index: usize, arg: &Arg, tensor: &Tensor, symbols: &mut Symbols) -> Result<()> {
         match symbols.device {
             Some((device, first)) if device != tensor.device => Err(self.error(
                 ErrorKind::Device,
@@ -124,15 +126,14 @@ impl Compiled {
             )),
             Some(_) => Ok(()),
             None => {
-                let first = self.spec.args.iter().position(|other| other.name == arg.name).unwrap_or(0);
-                symbols.device = Some((tensor.device, first));
+                symbols.device = Some((tensor.device, index));
                 Ok(())
             }
         }
     }
 
     fn check_len(&self, index: usize, arg: &Arg, tensor: &Tensor, symbols: &mut Symbols) -> Result<()> {
-        let expected = self.dims(index, symbols, &[tensor.len()])?[0];
+        let expected = self.dims(index, symbols, &[tensor.len()])?.0[0];
         if expected != tensor.len() {
             return Err(self.error(
                 ErrorKind::Shape,
@@ -155,9 +156,10 @@ impl Compiled {
     }
 
     fn check_shape(&self, index: usize, arg: &Arg, tensor: &Tensor, symbols: &mut Symbols) -> Result<()> {
-        let (rank, text) = (self.rank(index), self.text(index));
-        if tensor.shape().len() != rank {
-            let rule = format!("have {rank} dimension{} [{text}]", if rank == 1 { "" } else { "s" });
+        let (rank, text, given) = (self.rank(index), self.text(index), tensor.shape().len());
+        if given < rank || given > rank && !self.leads(index) {
+            let least = if self.leads(index) { "at least " } else { "" };
+            let rule = format!("have {least}{rank} dimension{} [{text}]", if rank == 1 { "" } else { "s" });
             return Err(self.error(
                 ErrorKind::Shape,
                 arg.name,
@@ -165,7 +167,7 @@ impl Compiled {
                 format_args!("shape {:?}", tensor.shape()),
             ));
         }
-        let expected = self.dims(index, symbols, tensor.shape())?;
+        let (expected, rank) = self.dims(index, symbols, tensor.shape())?;
         if expected[..rank] != *tensor.shape() {
             let rule = format!("have shape [{text}] = {:?}", &expected[..rank]);
             return Err(self.error(ErrorKind::Shape, arg.name, rule, format_args!("{:?}", tensor.shape())));
@@ -195,18 +197,18 @@ impl Compiled {
     }
 
     fn check_rules(&self, values: &[Value]) -> Result<()> {
-        for rule in self.spec.rules {
+        for (rule, first, second) in &self.rules {
+            let is_given = !matches!(values[*second], Value::Absent);
             match *rule {
                 Rule::Needs(arg, other) => {
-                    if !self.is_absent(values, arg) && self.is_absent(values, other) {
+                    if !is_given && !matches!(values[*first], Value::Absent) {
                         let rule = format_args!("come together with {other}");
                         return Err(self.error(ErrorKind::Value, arg, rule, format_args!("no {other}")));
                     }
                 }
                 Rule::DtypeIfGiven(arg, given, then, otherwise) => {
-                    let is_given = !self.is_absent(values, given);
                     let dtype = if is_given { then } else { otherwise };
-                    if let Value::Tensor(tensor) = values[self.index(arg)]
+                    if let Value::Tensor(tensor) = &values[*first]
                         && tensor.dtype != dtype
                     {
                         let how = if is_given { "with" } else { "without" };
@@ -219,55 +221,54 @@ impl Compiled {
         Ok(())
     }
 
-    fn index(&self, arg: &str) -> usize {
-        self.spec.args.iter().position(|other| other.name == arg).expect("rules name arguments of their op")
-    }
-
-    fn is_absent(&self, values: &[Value], arg: &str) -> bool {
-        matches!(values[self.index(arg)], Value::Absent)
-    }
-
     /// Dtype, number of elements and dimensions of the output or scratch at `index`.
     pub fn output(&self, index: usize, values: &[Value], symbols: &Symbols) -> Result<Tensor> {
         let device = symbols.device.map_or(Device::Cpu, |(device, _)| device);
         let dtype = match self.spec.args[index].role {
-            Role::Out(of, _) => self.output_dtype(of, values),
+            Role::Out(of, _) => self.output_dtype(index, of, values),
             _ => Dtype::Uint8,
         };
         let mut bound = *symbols;
-        let dims = self.dims(index, &mut bound, &[])?;
-        let output = Tensor::new(std::ptr::null_mut(), dtype, device, &dims[..self.rank(index)]);
-        match output.len().checked_mul(dtype.size() as i64) {
-            Some(_) => Ok(output),
+        let (dims, rank) = self.dims(index, &mut bound, &[])?;
+        match self.len(index, symbols).and_then(|len| len.checked_mul(dtype.size() as i64)) {
+            Some(_) => Ok(Tensor::new(std::ptr::null_mut(), dtype, device, &dims[..rank])),
             None => Err(self.too_large(index, symbols)),
         }
     }
 
-    fn output_dtype(&self, of: Of, values: &[Value]) -> Dtype {
-        match of {
-            Of::Is(dtype) => dtype,
-            Of::Like(arg) => Tensor::take(&values[self.index(arg)], &Role::Int).dtype,
-            Of::Arg(arg) => Dtype::take(&values[self.index(arg)], &Role::Int),
+    #[inline]
+    fn output_dtype(&self, index: usize, of: Of, values: &[Value]) -> Dtype {
+        match (of, &values[self.dtype_sources[index]]) {
+            (Of::Is(dtype), _) => dtype,
+            (Of::Like(_), Value::Tensor(tensor)) => tensor.dtype,
+            (_, value) => Dtype::take(value, &Role::Int),
         }
     }
 
     /// Checks the outputs and scratch, and that nothing written shares memory with another argument.
     pub fn check_outputs(&self, values: &[Value], symbols: &Symbols) -> Result<()> {
-        for (index, (value, arg)) in values.iter().zip(self.spec.args).enumerate() {
-            if !matches!(arg.role, Role::Out(..) | Role::Scratch(_)) {
-                continue;
-            }
-            let tensor = self.tensor(arg, value)?;
-            let expected = self.output(index, values, symbols)?;
-            if tensor.dtype != expected.dtype {
-                let rule = format_args!("have dtype {}", expected.dtype);
+        let mut bound = *symbols;
+        for index in self.written() {
+            let arg = &self.spec.args[index];
+            let tensor = self.tensor(arg, &values[index])?;
+            let dtype = match arg.role {
+                Role::Out(of, _) => self.output_dtype(index, of, values),
+                _ => Dtype::Uint8,
+            };
+            if tensor.dtype != dtype {
+                let rule = format_args!("have dtype {dtype}");
                 return Err(self.error(ErrorKind::Dtype, arg.name, rule, tensor.dtype));
             }
-            let mut bound = *symbols;
-            self.check_device(arg, tensor, &mut bound)?;
-            if tensor.len() != expected.len() {
-                let rule = self.length_rule(index, expected.len());
-                return Err(self.error(ErrorKind::Shape, arg.name, rule, tensor.len()));
+            self.check_device(index, arg, tensor, &mut bound)?;
+            let len = self.len(index, symbols).filter(|len| len.checked_mul(dtype.size() as i64).is_some());
+            let len = len.ok_or_else(|| self.too_large(index, symbols))?;
+            if tensor.len() != len {
+                return Err(self.error(
+                    ErrorKind::Shape,
+                    arg.name,
+                    self.length_rule(index, len),
+                    tensor.len(),
+                ));
             }
             self.check_memory(arg, tensor)?;
             if tensor.is_read_only {

@@ -191,7 +191,11 @@ fn gemm(shape: &[i64], n: i64, k: i64, bias: &[i64]) -> [Value<'static>; 12] {
         Value::Absent,
         Value::Absent,
         Value::Absent,
-        Value::Tensor(tensor(0x40_0000, Dtype::Float16, &[shape[0], n])),
+        Value::Tensor(tensor(
+            0x40_0000,
+            Dtype::Float16,
+            &[&shape[..shape.len().saturating_sub(1)], &[n]].concat(),
+        )),
     ]
 }
 
@@ -200,11 +204,15 @@ fn dimensions_are_matched_with_the_given_numbers() {
     check::<Gemm4bit>(&gemm(&[3, 8], 5, 8, &[5])).expect("legal");
     assert_eq!(
         message::<Gemm4bit>(&gemm(&[3, 9], 5, 8, &[5])).1,
-        "qbits::gemm_4bit: input must have shape [M, K] = [3, 8], got [3, 9]"
+        "qbits::gemm_4bit: input must have shape [*M, K] = [3, 8], got [3, 9]"
     );
     assert_eq!(
         message::<Gemm4bit>(&gemm(&[24], 5, 8, &[5])).1,
-        "qbits::gemm_4bit: input must have 2 dimensions [M, K], got shape [24]"
+        "qbits::gemm_4bit: input must have shape [*M, K] = [8], got [24]"
+    );
+    assert_eq!(
+        message::<Gemm4bit>(&gemm(&[], 5, 8, &[5])).1,
+        "qbits::gemm_4bit: input must have at least 1 dimension [*M, K], got shape []"
     );
     assert_eq!(
         message::<Gemm4bit>(&gemm(&[3, 8], 5, 8, &[6])).1,
@@ -217,7 +225,7 @@ fn dimensions_are_matched_with_the_given_numbers() {
     assert_eq!(
         message::<Gemm4bit>(&gemm(&[1, 1 << 40], 1 << 40, 1 << 40, &[5])).1,
         "qbits::gemm_4bit: packed must have fewer than 2^63 bytes, \
-         got [ceil_div(N * K, 2)] with M = 1, K = 1099511627776, N = 1099511627776, block_size = 64"
+         got [ceil_div(N * K, 2)] with K = 1099511627776, N = 1099511627776, block_size = 64"
     );
 }
 
@@ -228,6 +236,12 @@ fn outputs_are_described_before_they_exist() {
     let symbols = compiled.check_inputs(&values[..12]).expect("legal");
     let output = compiled.output(11, &values, &symbols).expect("fits");
     assert_eq!((output.shape(), output.dtype), (&[3, 5][..], Dtype::Float16));
+    for (input, due) in [(&[8][..], &[5][..]), (&[2, 0, 3, 8], &[2, 0, 3, 5])] {
+        let values = gemm(input, 5, 8, &[5]);
+        let symbols = compiled.check_inputs(&values).expect("legal");
+        compiled.check_outputs(&values, &symbols).expect("legal");
+        assert_eq!(compiled.output(11, &values, &symbols).expect("fits").shape(), due);
+    }
 }
 
 proptest! {

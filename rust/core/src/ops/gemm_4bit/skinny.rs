@@ -75,7 +75,7 @@ pub(super) fn plan_mma(op: &Gemm4bit, limits: &Limits) -> SkinnyPlan {
         (_, _, false) => "gemm_4bit_skinny_rows64",
         (_, _, true) => "gemm_4bit_skinny_rows64_nested",
     };
-    let tokens = if op.input.shape()[0] <= 4 || is_block32 { 4 } else { 8 };
+    let tokens = if op.num_rows() <= 4 || is_block32 { 4 } else { 8 };
     let waves = num_tiles.div_ceil(slots * tiles_at_once);
     let grid = num_tiles.min(waves * slots);
     let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
@@ -96,7 +96,7 @@ pub(super) fn plan_simt(op: &Gemm4bit) -> SkinnyPlan {
         (false, false) => "gemm_4bit_skinny_general",
         (false, true) => "gemm_4bit_skinny_general_nested",
     };
-    let tokens = if op.input.shape()[0] == 1 { 1 } else { 4 };
+    let tokens = if op.num_rows() == 1 { 1 } else { 4 };
     let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
     let grid = (op.N as u64).div_ceil(SIMT_ROWS).min(MAX_GRID);
     SkinnyPlan { launch: Launch::new(symbol, grid, 256), params: params(op, 0, 0) }
@@ -112,7 +112,7 @@ fn params(op: &Gemm4bit, tiles_per_cta: i32, num_larger_ctas: i32) -> SkinnyPara
         absmax_codebook: address(op.absmax_codebook),
         bias: address(op.bias),
         output: op.output.data,
-        m: op.input.shape()[0],
+        m: op.num_rows(),
         n: op.N,
         k: op.K,
         block_shift: block_shift(op.block_size),
