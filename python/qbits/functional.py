@@ -132,31 +132,11 @@ def linear_4bit(
         raise ShapeError(
             f"qbits::linear_4bit: weight must have 2 dimensions, got shape {tuple(weight.shape)}"
         )
-    K = weight.shape[1]
-    shape = input.shape
-    if len(shape) == 0 or shape[-1] != K:
-        raise ShapeError(f"qbits::linear_4bit: input must have shape [*, {K}], got {list(shape)}")
-    if not isinstance(input, torch.Tensor):
-        return _linear_4bit_foreign(input, weight, bias, compute_dtype, out)
-    dtype, device_type = input.dtype, input.device.type
-    if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    operand_dtype = dtype if compute_dtype is None else compute_dtype
-    rows = input if input.dtype == operand_dtype else input.to(operand_dtype)
-    rows = rows.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    recorded = torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad))
-    if out is not None:
-        outputs.refuse_gradient("linear_4bit", out, recorded)
-        return _linear_4bit_into(out, input, rows, weight, bias, dtype)
-    product = Gemm4bit.apply if recorded else ops.gemm_4bit
-    result = product(rows, *_gemm_arguments(weight, bias))
-    return result if result.dtype == dtype else result.to(dtype)
+    return multiply_4bit(input, weight_arguments(weight), bias, compute_dtype, out)
 
 
-def _gemm_arguments(weight: QTensor4, bias: Any) -> tuple[Any, ...]:
-    """Arguments of `ops.gemm_4bit` after the input, in its order."""
+def weight_arguments(weight: QTensor4) -> tuple[Any, ...]:
+    """Return what `ops.gemm_4bit` takes of a weight, in its order: the bias stands before the last three."""
     N, K = weight.shape
     return (
         weight.packed,
@@ -165,10 +145,44 @@ def _gemm_arguments(weight: QTensor4, bias: Any) -> tuple[Any, ...]:
         K,
         weight.codebook,
         weight.block_size,
-        bias,
         weight.absmax_scale,
         weight.absmax_offset,
         weight.absmax_codebook,
+    )
+
+
+def multiply_4bit(
+    input: Any, weight: tuple[Any, ...], bias: Any, compute_dtype: torch.dtype | None, out: Any = None
+) -> Any:
+    """Compute `linear_4bit` with a weight given as `weight_arguments` does."""
+    packed, absmax, N, K, codebook, block_size, scale, offset, table = weight
+    shape = input.shape
+    if len(shape) == 0 or shape[-1] != K:
+        raise ShapeError(f"qbits::linear_4bit: input must have shape [*, {K}], got {list(shape)}")
+    if not isinstance(input, torch.Tensor):
+        return _linear_4bit_foreign(input, weight, bias, compute_dtype, out)
+    dtype = input.dtype
+    if torch._C._is_any_autocast_enabled():
+        device_type = input.device.type
+        if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+    operand_dtype = dtype if compute_dtype is None else compute_dtype
+    rows = (input if input.dtype == operand_dtype else input.to(operand_dtype)).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    recorded = torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad))
+    if out is not None:
+        outputs.refuse_gradient("linear_4bit", out, recorded)
+        return _linear_4bit_into(out, input, rows, weight, bias, dtype)
+    product = Gemm4bit.apply if recorded else ops.gemm_4bit
+    result = product(rows, packed, absmax, N, K, codebook, block_size, bias, scale, offset, table)
+    return result if result.dtype == dtype else result.to(dtype)
+
+
+def _gemm_4bit(rows: Any, weight: tuple[Any, ...], bias: Any, out: Any) -> Any:
+    packed, absmax, N, K, codebook, block_size, scale, offset, table = weight
+    return ops.gemm_4bit(
+        rows, packed, absmax, N, K, codebook, block_size, bias, scale, offset, table, out=out
     )
 
 
@@ -176,31 +190,31 @@ def _linear_4bit_into(
     out: torch.Tensor,
     input: torch.Tensor,
     rows: torch.Tensor,
-    weight: QTensor4,
+    weight: tuple[Any, ...],
     bias: Any,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Fill ``out``; through a copy where it is strided or the operands are rounded to another dtype."""
-    shape = (*input.shape[:-1], weight.shape[0])
+    shape = (*input.shape[:-1], weight[2])
 
     def multiply(flat: Any) -> Any:
         target = None if flat is None else flat.view(shape)
-        return ops.gemm_4bit(rows, *_gemm_arguments(weight, bias), out=target)
+        return _gemm_4bit(rows, weight, bias, target)
 
     direct = rows.dtype == dtype
-    inputs = [input, bias, *_tensors_4bit(weight)]
+    inputs = [input, bias, *weight]
     outputs.fill("linear_4bit", multiply, out, input, shape, dtype, inputs, direct=direct)
     return out
 
 
-def _linear_4bit_foreign(input: Any, weight: QTensor4, bias: Any, compute_dtype: Any, out: Any) -> Any:
+def _linear_4bit_foreign(input: Any, weight: tuple[Any, ...], bias: Any, compute_dtype: Any, out: Any) -> Any:
     """Multiply an array of another framework, in its own dtype."""
     if compute_dtype is not None:
         raise ArgumentValueError(
             f"qbits::linear_4bit: compute_dtype must be None for a foreign array, got {compute_dtype}"
         )
-    result = ops.gemm_4bit(contiguous(input), *_gemm_arguments(weight, bias), out=out)
-    return result if out is not None else in_kind(result, input, (*input.shape[:-1], weight.shape[0]))
+    result = _gemm_4bit(contiguous(input), weight, bias, out)
+    return result if out is not None else in_kind(result, input, (*input.shape[:-1], weight[2]))
 
 
 def quantize_blockwise(

@@ -268,10 +268,29 @@ class Linear4bit(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Multiply ``input`` [*, K] by the weight and add the bias."""
-        output: torch.Tensor = functional.linear_4bit(
-            input, self.record(), self.bias, compute_dtype=self.compute_dtype
-        )
+        parameters = self._parameters
+        # through nn.Module.__getattr__ only where it is no parameter: that takes as long as a launch's checks
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        weight = self._weight_arguments()
+        output: torch.Tensor = functional.multiply_4bit(input, weight, bias, self.compute_dtype)
         return output
+
+    def _weight_arguments(self) -> tuple[Any, ...]:
+        """Return `functional.weight_arguments` of the record, which every forward would have to make."""
+        tensors, scheme = self._parameters, self.scheme
+        if tensors["weight_absmax"] is None:
+            self._refuse_float()
+        return (
+            tensors["weight"],
+            tensors["weight_absmax"],
+            self.out_features,
+            self.in_features,
+            scheme.codebook,
+            scheme.block_size,
+            tensors["weight_absmax_scale"],
+            tensors["weight_absmax_offset"],
+            tensors["weight_absmax_codebook"],
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
         held = {name: self._parameters[name] for name in self._parameter_names} if self.is_quantized else {}

@@ -44,8 +44,10 @@ impl fmt::Display for Symbol {
 pub struct Launch {
     /// The kernel.
     pub symbol: Symbol,
-    /// Number of blocks; none means that there is nothing to do.
+    /// Number of blocks in x; none means that there is nothing to do.
     pub grid: u64,
+    /// Number of blocks in y.
+    pub grid_y: u32,
     /// Threads of a block.
     pub threads: u32,
     /// Dynamic shared memory of a block.
@@ -59,14 +61,18 @@ pub struct Launch {
 impl Launch {
     /// Without dynamic shared memory, clusters and overlap.
     pub const fn new(symbol: Symbol, grid: u64, threads: u32) -> Self {
-        Self { symbol, grid, threads, shared_bytes: 0, cluster: 1, dependent: false }
+        Self { symbol, grid, grid_y: 1, threads, shared_bytes: 0, cluster: 1, dependent: false }
     }
 }
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { symbol, grid, threads, shared_bytes, cluster, dependent } = self;
-        write!(f, "{symbol}<<<{grid}, {threads}, {shared_bytes}")?;
+        let Self { symbol, grid, grid_y, threads, shared_bytes, cluster, dependent } = self;
+        write!(f, "{symbol}<<<{grid}")?;
+        if *grid_y != 1 {
+            write!(f, " x {grid_y}")?;
+        }
+        write!(f, ", {threads}, {shared_bytes}")?;
         if *cluster != 1 {
             write!(f, ", cluster {cluster}")?;
         }
@@ -76,6 +82,9 @@ impl fmt::Display for Launch {
         f.write_str(">>>")
     }
 }
+
+/// Blocks in y of any grid on any device.
+pub const MAX_GRID_Y: u32 = 65_535;
 
 /// The mirror of the one struct that a kernel takes.
 ///
@@ -133,7 +142,7 @@ impl Runtime {
         let config = sys::CUlaunchConfig {
             // `check_plan` compared it with the device's limit, which is below 2^31.
             gridDimX: launch.grid as c_uint,
-            gridDimY: 1,
+            gridDimY: launch.grid_y,
             gridDimZ: 1,
             blockDimX: launch.threads,
             blockDimY: 1,
@@ -188,6 +197,11 @@ fn check_plan(op: &str, launch: &Launch, kernel: &Kernel, param_bytes: usize, li
     };
     if launch.grid > limits.max_grid_x {
         return refuse("grid", limits.max_grid_x, launch.grid);
+    }
+    if launch.grid_y == 0 || launch.grid_y > MAX_GRID_Y {
+        let rule =
+            format!("grid_y of {} must be from 1 to {MAX_GRID_Y}, got {}", launch.symbol, launch.grid_y);
+        return Err(Error::new(ErrorKind::Value, format!("qbits::{op}: {rule}")));
     }
     if launch.cluster > limits.max_cluster {
         return refuse("cluster", limits.max_cluster.into(), launch.cluster.into());

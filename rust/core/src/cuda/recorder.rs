@@ -72,6 +72,7 @@ impl Machine {
 pub(crate) struct Launched {
     pub kernel: String,
     pub grid: u32,
+    pub grid_y: u32,
     pub cluster: u32,
     pub dependent: bool,
     pub threads: u32,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbits import codebooks
+from qbits import codebooks, functional
 from qbits.compat.bitsandbytes.nn.params import Params4bit
 from qbits.compat.bitsandbytes.state import QuantState
 from qbits.errors import NotQuantizedError, QbitsWarning
@@ -123,6 +123,9 @@ class Linear4bit(modern.Linear4bit):
                 f"{self.weight.dtype} {list(self.weight.shape)}"
             )
         return state.record(self.weight)
+
+    def _weight_arguments(self) -> tuple[Any, ...]:
+        return functional.weight_arguments(self.record())
 
     def _tensors_of(self, record: QTensor4) -> dict[str, torch.Tensor]:
         state = QuantState.from_record(record)

@@ -45,8 +45,8 @@ fn symbols_join_what_they_have() {
     assert_eq!(Symbol { dtype: None, codebook: "", ..symbol }.to_string(), "quantize_4bit_64");
     assert_eq!(Symbol { number: 0, ..symbol }.to_string(), "quantize_4bit_bfloat16_nf4");
     assert_eq!(PLAN.to_string(), "copy_float32_64<<<10, 256, 0>>>");
-    let clustered = Launch { cluster: 2, dependent: true, ..PLAN };
-    assert_eq!(clustered.to_string(), "copy_float32_64<<<10, 256, 0, cluster 2, dependent>>>");
+    let clustered = Launch { grid_y: 3, cluster: 2, dependent: true, ..PLAN };
+    assert_eq!(clustered.to_string(), "copy_float32_64<<<10 x 3, 256, 0, cluster 2, dependent>>>");
 }
 
 #[test]
@@ -142,6 +142,19 @@ fn a_grid_beyond_the_device_is_refused() {
     for grid in [2_147_483_648, 4_294_967_297] {
         let expected = format!("qbits::copy: grid of copy_float32_64 must be at most 2147483647, got {grid}");
         assert_eq!(message(launch_copy(Launch { grid, ..PLAN }, 0)), expected);
+    }
+    assert_eq!(recorder.launches().len(), 1);
+}
+
+#[test]
+fn a_grid_in_two_dimensions_reaches_the_driver_within_its_limit() {
+    let recorder = Recorder::install(machine());
+    launch_copy(Launch { grid_y: 65_535, ..PLAN }, 0).unwrap();
+    assert_eq!((recorder.launches()[0].grid, recorder.launches()[0].grid_y), (10, 65_535));
+    for grid_y in [0, 65_536] {
+        let expected =
+            format!("qbits::copy: grid_y of copy_float32_64 must be from 1 to 65535, got {grid_y}");
+        assert_eq!(message(launch_copy(Launch { grid_y, ..PLAN }, 0)), expected);
     }
     assert_eq!(recorder.launches().len(), 1);
 }

@@ -172,6 +172,7 @@ stand_ins! {
         state.launches.push(Launched {
             kernel: info.name.into(),
             grid: config.gridDimX,
+            grid_y: config.gridDimY,
             cluster,
             dependent,
             threads: config.blockDimX,
