@@ -19,6 +19,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 OTHER_TOKENS = (1, 16, 64, 256)  # of other codebooks, dtypes and nested statistics
 BITSANDBYTES_TOKENS = (1, 16, 64, 256)
 INT4_TOKENS = (1, 2, 4, 8, 16)  # beyond, torch's int4 product takes longer than cuBLAS
+TRANSPOSED_TOKENS = (1, 8, 16, 32)
 READ_TB_PER_S = 4.40
 TFLOP_PER_S = 790.0
 
@@ -180,6 +181,44 @@ def measure(
     )
 
 
+def measure_transposed(report: Report, weights: Weights, M: int, repeats: int) -> None:
+    """One row of the input's gradient, beside decoding and cuBLAS."""
+    N, K = weights.N, weights.K
+    gradient = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+    outputs = [torch.empty(M, K, device="cuda", dtype=torch.bfloat16) for _ in weights.parts]
+
+    def fused(index: int) -> torch.Tensor:
+        packed, absmax, _ = weights.parts[index]
+        weight = (packed, absmax, N, K, weights.codebook, 64)
+        return ops.gemm_4bit_transposed(gradient, *weight, out=outputs[index])
+
+    def decoded(index: int) -> torch.Tensor:
+        return torch.matmul(gradient, weights.decoded(index, torch.bfloat16), out=outputs[index])
+
+    exact = gradient.double() @ weights.decoded(0, torch.float32).double()
+    error, dense = ((call(0).double() - exact).abs() for call in (fused, decoded))
+    if not (error.mean() <= 1.05 * dense.mean() and error.max() <= 1.5 * dense.max()):
+        raise SystemExit(f"bench: gemm_4bit_transposed of M {M}, N {N}, K {K} is less exact than cuBLAS")
+    indices = range(len(outputs))
+    replays = {
+        name.__name__: Replay([lambda i=i, f=name: f(i) for i in indices]) for name in (fused, decoded)
+    }
+    times = interleaved(replays, repeats)
+    num_bytes = weights.packed_bytes + (M * K + M * N) * 2
+    report.add(
+        op=f"gemm_4bit_transposed {weights.codebook}",
+        dtype="bfloat16",
+        M=M,
+        N=N,
+        K=K,
+        us=times["fused"].us,
+        num_bytes=round(num_bytes),
+        floor_us=num_bytes / READ_TB_PER_S * 1e-6,
+        decoded_us=times["decoded"].us,
+        speedup_over_decoded=times["decoded"].us / times["fused"].us,
+    )
+
+
 def main() -> None:
     """Checks, then times every shape."""
     options = arguments(__doc__)
@@ -202,6 +241,8 @@ def main() -> None:
             check(report, weights, dtype, tokens)
             for M in tokens:
                 measure(report, weights, M, dtype, nested, bnb, repeats)
+            for M in TRANSPOSED_TOKENS if is_main else ():
+                measure_transposed(report, weights, M, repeats)
     report.write(options)
 
 
