@@ -69,16 +69,17 @@ __device__ __forceinline__ float select_value(uint32_t code) {
 /// Fills the 256 rows of 256 bytes from `table` on: row b holds the pair of values of byte b, high nibble
 /// first, once for each lane at 4 lane, so that 32 lanes look up 32 bytes without a conflict. The values are
 /// kFactor times too large. The address of a pair is one PRMT: see pair_address.
-template <typename T>
-__device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, int thread, int num_threads) {
-    for (int i = thread; i < 2048; i += num_threads) {
-        const uint32_t byte = i % 256;
-        const uint32_t pair = with_codebook(codebook, [&]<typename Codebook>(Codebook) {
-            return pack_pair<T>(__fmul_rn(select_value<Codebook>(byte >> 4), kFactor<T, Codebook>),
-                                __fmul_rn(select_value<Codebook>(byte & 15), kFactor<T, Codebook>));
-        });
-        store_shared_16(table + byte * 256 + (i / 256 + byte) % 8 * 16, make_uint4(pair, pair, pair, pair));
-    }
+template <typename T, int kThreads>
+__device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, int thread) {
+    static_assert(kThreads % 256 == 0, "a thread fills rows of one byte, whose pair it computes once");
+    const uint32_t byte = thread % 256;
+    const uint32_t pair = with_codebook(codebook, [&]<typename Codebook>(Codebook) {
+        return pack_pair<T>(__fmul_rn(select_value<Codebook>(byte >> 4), kFactor<T, Codebook>),
+                            __fmul_rn(select_value<Codebook>(byte & 15), kFactor<T, Codebook>));
+    });
+    #pragma unroll
+    for (int i = 0; i < 8; i += kThreads / 256)
+        store_shared_16(table + byte * 256 + (i + thread / 256 + byte) % 8 * 16, make_uint4(pair, pair, pair, pair));
 }
 /// Turns the 4 x 4 bytes that the lanes of a quad hold in each of four words: lane t ends with byte t of lane i's
 /// word as byte i. Codes come as words, and a fragment wants byte t of each.

@@ -156,10 +156,17 @@ __device__ __forceinline__ int cluster_size() {
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
     return int(v);
 }
-/// All threads of all CTAs of the cluster; what they wrote before is seen by all behind it.
+/// All threads of all CTAs of the cluster; what they wrote before is seen by all behind it. The release is a fence
+/// of the whole GPU: where no data is handed over, the two halves below do without.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------- TMA
