@@ -177,7 +177,7 @@ __device__ __forceinline__ void gemm_4bit_transposed_mma(const Gemm4bitTranspose
 
         // The warps' sums are added in pairs that halve their number: the order is fixed.
         const auto area = [&](int w) { return areas + w * (kSums * 32) + lane; };
-        #pragma unroll
+        #pragma unroll 1
         for (int half = kWarps / 2; half > 0; half /= 2) {
             __syncthreads();
             if (warp >= half && warp < 2 * half)
@@ -225,7 +225,7 @@ __device__ __forceinline__ void gemm_4bit_transposed_simt(const Gemm4bitTranspos
     if (column >= p.k) return;
     for (int64_t first_token = 0; first_token < p.m; first_token += kTokens) {
         float sum[kTokens] = {};
-        #pragma unroll 4
+        #pragma unroll 2
         for (int64_t row = share.first_row; row < share.end_row; ++row) {
             const int64_t element = row * p.k + column;
             const uint32_t code = __ldg(p.packed + element / 2) >> nibble_shift(int(element % 2)) & 15;
