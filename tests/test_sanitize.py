@@ -1,6 +1,8 @@
 """Each kernel variant once, at small odd sizes, to run under compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m sanitize tests
+
+Once more with QBITS_FORCE_FAMILY=skinny and =simt, for the kernels that other families supersede.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from reference import BLOCK_SIZES_4BIT, BLOCK_SIZES_8BIT, CODEBOOKS, DTYPES
 pytestmark = [pytest.mark.sanitize, pytest.mark.gpu]
 RANDOM = np.random.default_rng(26)
 SIZE = 3 * 4096 + 67  # an odd tail behind whole tiles of every variant
+FEW_TOKENS, MOST_TOKENS = (1, 2, 5, 8), (1, 2, 5, 8, 9, 17, 40, 70, 130)
 TABLES = {"dynamic": reference.dynamic_map(), "linear": reference.linear_map()}
 
 
@@ -70,13 +73,13 @@ def test_gemm_4bit_variants(dtype, codebook, nested):
         keywords = {}
         if nested:
             absmax, keywords["absmax_scale"], keywords["absmax_offset"] = ops.quantize_absmax(absmax)
-        for M in (1, 2, 5, 8, 9, 17):
+        for M in MOST_TOKENS if K % 64 == 0 and dtype != "float32" else FEW_TOKENS:
             x = torch.randn(M, K, device="cuda").to(dtype_of(dtype))
             bias = torch.randn(N, device="cuda").to(dtype_of(dtype))
             statistics = (keywords.get("absmax_scale"), keywords.get("absmax_offset"), None)
-            # the fused kernel for every M: torch's GEMM is not what is examined here
+            # the core declines what torch's GEMM does faster, which is not what is examined here
             output = _core.gemm_4bit(x, packed, absmax, N, K, codebook, block_size, bias, *statistics, None)
-            assert torch.isfinite(output).all()
+            assert output is not NotImplemented and torch.isfinite(output).all()
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
