@@ -18,7 +18,8 @@ using namespace wgmma;
 
 /// kTiles row tiles of 64 x kGroups groups of warpgroups that take stages in turn; each warpgroup holds the
 /// sums of one row tile over its group's stages. kUnit elements share a scale at most.
-template <int kTokens_, int kTiles_, int kGroups_, int kStageBlocks_, int kUnit_>
+template <int kTokens_, int kTiles_, int kGroups_, int kStageBlocks_, int kUnit_,
+          int kRegisterWords_ = (kTokens_ <= 32)>
 struct Shape {
     static constexpr int kTokens = kTokens_, kTiles = kTiles_, kGroups = kGroups_;
     static constexpr int kStageBlocks = kStageBlocks_, kUnit = kUnit_;
@@ -31,13 +32,17 @@ struct Shape {
     static constexpr int kAhead = kTiles == 1 ? 3 : 1;  // panels of scales
     // ptxas gives all threads what fits a quarter of the SM's registers with the warps that share it; 4 and 1
     // warpgroups, 96 each, or 2 and 1, 168 each. Raising and lowering must keep the sum.
-    static constexpr bool kMovesRegisters = kTokens >= 32;
+    static constexpr bool kMovesRegisters = true;
     static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : kWarpgroups == 3 ? 144 : 104;
     static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : kWarpgroups == 3 ? 80 : 64;
     // Two sets of sums for 128 tokens: while one is added the other is multiplied.
+    // Words of four that are decoded in registers, where the look-ups are the limit and registers suffice.
+    static constexpr int kRegisterWords = kRegisterWords_;
     static constexpr int kHalves = kTokens == 128 ? 2 : 1, kSums = kTokens / 2 / kHalves;
     // While wgmma works on a block the next one is decoded, where registers suffice for two fragments.
     static constexpr bool kOverlaps = kTokens != 64 || kWarpgroups < 4;
+    // .. even that of the next stage; with fewer tokens this only keeps a stage from being filled.
+    static constexpr bool kLooksAhead = kTokens == 128;
     static constexpr int kStageUnits = kStageK / kUnit;
     static constexpr int kPanelStages = 8 / kStageUnits;  // the scales of 8 units are fetched together
 
@@ -68,6 +73,11 @@ struct Shape {
     static_assert(kCodes % 1024 == 0, "swizzle patterns repeat on absolute addresses");
 };
 
+// Named barriers.
+constexpr int kReady = 1;     // all threads: mbarriers and pair table
+constexpr int kRingFree = 2;  // those that multiply
+constexpr int kMapReady = 3;  // the warps of scales: the map of nested absmax
+
 /// Stages [begin, end) of this CTA: whole panels, so that scales come in aligned vectors.
 struct Part {
     int rank, size, begin, end;
@@ -84,7 +94,8 @@ struct Part {
 /// The multiplying warpgroups. A block of 64 k is sixteen fragment registers, four wgmma into sums that start
 /// at zero, and one scaled addition in fp32: the scale is not rounded and the codes hardly are (kFactor).
 template <typename T, typename S>
-__device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Part& part, uint32_t base) {
+__device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Part& part, uint32_t base,
+                                         int codebook, int rows_per_tile) {
     constexpr int kTokens = S::kTokens;
     // From a shuffle the compiler knows that the warp agrees, and keeps the ring in uniform registers.
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -95,6 +106,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
     // shared address is the rank in the cluster.
     const uint32_t pair_lane = opaque((base & 0xff000000) | lane * 4);
     const QuadTranspose transpose(lane);
+    const RegisterTable<T> table(codebook);
     // What this lane addresses for load_matrices: row lane % 8 + 8 (lane / 16), piece lane / 8 % 2. The pieces of
     // the other blocks differ in the bits above.
     const uint32_t codes_at = opaque(
@@ -105,14 +117,30 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
     const uint32_t full = base + S::kFull, empty = base + S::kEmpty;
 
     uint32_t a[S::kOverlaps ? 2 : 1][16];
+    if (kTokens < 64 && S::kTiles > 1)
+        for (auto& fragments : a)
+            for (uint32_t& v : fragments) v = 0;
+    // Warps beyond the tile have nothing to decode. (With 64 tokens or more the branch takes registers that lack.)
+    const bool is_active = S::kTiles == 1 || kTokens >= 64 || row - lane / 4 < rows_per_tile;
     const auto decode = [&](uint32_t (&to)[16], int slot, int block) {
+        if (!is_active) return;
         uint32_t words[4];  // pieces 2 block, 2 block + 1 of rows r, then of rows r + 8
         load_matrices(words, codes_at + slot * S::kCodesBytes ^ block << 5);
         transpose(words);
         #pragma unroll
-        for (int i = 0; i < 16; ++i)  // register i % 4 of k16 step i / 4: row half i % 2, k = 2t or 2t + 8
-            to[i] = load_shared_4<kSmemStart>(permute_bytes(words[i % 2 * 2 + i / 8], pair_lane,
-                                                            0x7604 | (i / 4 % 2 * 2 + i / 2 % 2) << 4));
+        for (int i = 0; i < 16; ++i) {  // register i % 4 of k16 step i / 4: row half i % 2, k = 2t or 2t + 8
+            const int word = i % 2 * 2 + i / 8, byte = i / 4 % 2 * 2 + i / 2 % 2;
+            if (word < 4 - S::kRegisterWords)
+                to[i] = load_shared_4<kSmemStart>(permute_bytes(words[word], pair_lane, 0x7604 | byte << 4));
+        }
+        #pragma unroll
+        for (int word = 4 - S::kRegisterWords; word < 4; ++word) {
+            uint32_t pairs[4];
+            table.decode(pairs, words[word]);
+            #pragma unroll
+            for (int byte = 0; byte < 4; ++byte)
+                to[word % 2 * 8 + word / 2 + byte / 2 * 4 + byte % 2 * 2] = pairs[byte];
+        }
     };
     constexpr int kUnits = 64 / S::kUnit, kSteps = S::kUnit / 16;  // units of a block, k16 steps of a unit
     float scale[2][S::kStageUnits], sums[S::kHalves][S::kSums];
@@ -137,13 +165,13 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
     Ring<S::kStages> ring;
     ring.advance(group);
     int stage = part.begin + group;
-    if (S::kOverlaps && stage < part.end) {
+    if (S::kLooksAhead && stage < part.end) {
         barrier_wait(full + 8 * ring.slot, ring.parity);
         decode(a[0], ring.slot, 0);
     }
     while (stage < part.end) {
         const int slot = ring.slot;
-        if (!S::kOverlaps) barrier_wait(full + 8 * slot, ring.parity);
+        if (!S::kLooksAhead) barrier_wait(full + 8 * slot, ring.parity);
         ring.advance(S::kGroups);
         stage += S::kGroups;
         #pragma unroll
@@ -154,6 +182,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
                 scale[half][i] = __uint_as_float(v.x), scale[half][i + 1] = __uint_as_float(v.y);
             }
         }
+        if (S::kOverlaps && !S::kLooksAhead) decode(a[0], slot, 0);
         #pragma unroll
         for (int block = 0; block < S::kStageBlocks; ++block) {
             uint32_t(&now)[16] = a[S::kOverlaps ? block % 2 : 0];
@@ -167,7 +196,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
                     uint32_t(&next)[16] = a[(block + 1) % 2];
                     if (block + 1 < S::kStageBlocks) {
                         decode(next, slot, block + 1);
-                    } else {  // of the next stage; behind the last one the slot holds what it may
+                    } else if (S::kLooksAhead) {  // of the next stage; behind the last one the slot holds what it may
                         if (stage < part.end) barrier_wait(full + 8 * ring.slot, ring.parity);
                         decode(next, ring.slot, 0);
                     }
@@ -185,44 +214,31 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], const Par
     }
 }
 
-/// The copying thread. `ask_early` asks for the codes of the first stages, before anything else is ready.
+/// The copying thread.
 template <typename S>
-class Copier {
- public:
-    __device__ __forceinline__ Copier(const Gemm4bitMidParams& p, const Part& part, uint32_t base, int first_row)
-        : p_(p), part_(part), base_(base), first_row_(first_row), early_(part.begin) {}
-
-    __device__ __forceinline__ void ask_early() {
-        if (p_.o.weights_ready)
-            for (; early_ < part_.end && early_ < part_.begin + S::kStages; ++early_)
-                load_codes(early_, early_ - part_.begin);
-    }
-    __device__ __forceinline__ void run(int first_token) {
-        dependency_wait();
-        Ring<S::kStages> ring;
-        for (int stage = part_.begin; stage < part_.end; ++stage) {
-            if (stage >= early_) {
-                barrier_wait(base_ + S::kEmpty + 8 * ring.slot, ring.parity ^ 1);
-                load_codes(stage, ring.slot);
-            }
-            tma_load(base_ + S::kInput + ring.slot * S::kStageBlocks * S::kInputBytes, &p_.input, 0, first_token,
-                     stage * S::kStageBlocks, base_ + S::kFull + 8 * ring.slot);
-            ring.advance();
+__device__ __forceinline__ void copy(const Gemm4bitMidParams& p, const Part& part, uint32_t base, int first_row,
+                                     int first_token) {
+    const auto load_codes = [&](int stage, int slot) {
+        const uint32_t full = base + S::kFull + 8 * slot;
+        barrier_expect(full, S::kStageBlocks * S::kInputBytes + p.rows_per_tile * S::kRowBytes);
+        tma_load(base + S::kCodes + slot * S::kCodesBytes, &p.packed, stage * S::kRowBytes, first_row, full);
+    };
+    int early = part.begin;  // stages whose codes were asked for before the kernels before this one had finished
+    if (p.o.weights_ready)
+        for (; early < part.end && early < part.begin + S::kStages; ++early)
+            load_codes(early, early - part.begin);
+    dependency_wait();
+    Ring<S::kStages> ring;
+    for (int stage = part.begin; stage < part.end; ++stage) {
+        if (stage >= early) {
+            barrier_wait(base + S::kEmpty + 8 * ring.slot, ring.parity ^ 1);
+            load_codes(stage, ring.slot);
         }
+        tma_load(base + S::kInput + ring.slot * S::kStageBlocks * S::kInputBytes, &p.input, 0, first_token,
+                 stage * S::kStageBlocks, base + S::kFull + 8 * ring.slot);
+        ring.advance();
     }
-
- private:
-    __device__ __forceinline__ void load_codes(int stage, int slot) {
-        const uint32_t full = base_ + S::kFull + 8 * slot;
-        barrier_expect(full, S::kStageBlocks * S::kInputBytes + p_.rows_per_tile * S::kRowBytes);
-        tma_load(base_ + S::kCodes + slot * S::kCodesBytes, &p_.packed, stage * S::kRowBytes, first_row_, full);
-    }
-
-    const Gemm4bitMidParams& p_;
-    const Part& part_;
-    uint32_t base_;
-    int first_row_, early_;
-};
+}
 
 /// The warp of scales: two lanes a row, each four units of a panel of eight.
 template <typename S>
@@ -241,6 +257,7 @@ __device__ __forceinline__ void bring_scales(const Gemm4bitMidParams& p, const P
     Ring<S::kStages> ring;
     #pragma unroll
     for (int i = 0; i < S::kAhead; ++i) load(ahead[i], part.begin + i * S::kPanelStages);
+    named_barrier(kReady, S::kThreads);
     for (int panel = part.begin; panel < part.end; panel += S::kPanelStages) {
         #pragma unroll
         for (int j = 0; j < kPasses; ++j) {
@@ -345,55 +362,60 @@ __device__ __forceinline__ void gemm_4bit_mid(const Gemm4bitMidParams& p) {
     if ((base & 0xffffff) != kSmemStart) __trap();  // the pair lookup has this address as an immediate
     const Part part = Part::of(p, S());
     const int first_row = blockIdx.x / part.size * p.rows_per_tile, first_token = blockIdx.y * S::kTokens;
-    const int warp = threadIdx.x / 32;
-    Copier<S> copier(p, part, base, first_row);
-    if (threadIdx.x == S::kConsumers) {
-        for (int i = 0; i < S::kStages; ++i) {
-            barrier_init(base + S::kFull + 8 * i, 1 + S::kScaleWarps);
-            barrier_init(base + S::kEmpty + 8 * i, 4 * S::kTiles);
-        }
-        barrier_init(base + S::kSumsReady, part.size * S::kConsumers / 32);
-        fence_barrier_init();
-        fence_async_proxy();
-        copier.ask_early();
-    }
-    __syncwarp();
-    if (part.size > 1) cluster_arrive_relaxed();
-    if (warp < S::kConsumers / 256 * 8)
-        fill_pair_table<T, S::kConsumers / 256 * 256>(p.o.codebook, base, threadIdx.x);
-    else if (warp >= S::kConsumers / 32)
-        RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers, 128);
-    __syncthreads();
-    if (part.size > 1) cluster_wait();  // the neighbours' barriers are ready
-    dependency_launch();
-
-    if (warp < S::kConsumers / 32) {
-        if constexpr (S::kMovesRegisters) raise_registers<S::kConsumerRegisters>();
+    const int warp = threadIdx.x / 32 - S::kConsumers / 32;  // negative for those that multiply
+    const bool is_cluster = part.size > 1;
+    if (warp < 0) {
+        if (is_cluster) cluster_arrive_relaxed();
+        if (warp < S::kConsumers / 256 * 8 - S::kConsumers / 32)
+            fill_pair_table<T, S::kConsumers / 256 * 256>(p.o.codebook, base, threadIdx.x);
+        named_barrier(kReady, S::kThreads);
+        dependency_launch();
+        raise_registers<S::kConsumerRegisters>();
         float acc[S::kTokens / 2] = {};
-        multiply<T, S>(acc, part, base);
-        named_barrier(1, S::kConsumers);  // all stages are used: the ring is free
+        multiply<T, S>(acc, part, base, p.o.codebook, p.rows_per_tile);
+        named_barrier(kRingFree, S::kConsumers);
         leave_sums<S>(acc, base);
         dependency_wait();  // the bias may be the kernel's before this one, the output may still be read
-        if (part.size > 1) {
+        if (is_cluster) {
+            cluster_wait();  // the neighbours' barriers are ready
             __syncwarp();
             if (threadIdx.x % 32 < part.size) barrier_arrive_cluster(base + S::kSumsReady, threadIdx.x % 32);
             barrier_wait_cluster(base + S::kSumsReady, 0);
         } else {
-            named_barrier(1, S::kConsumers);
+            named_barrier(kRingFree, S::kConsumers);
         }
         store_output<T, S>(p, part, base, first_row, first_token);
+        __syncwarp();
     } else {
-        if constexpr (S::kMovesRegisters) lower_registers<S::kProducerRegisters>();
-        if (threadIdx.x == S::kConsumers) copier.run(first_token);
-        if (warp > S::kConsumers / 32 && warp <= S::kConsumers / 32 + S::kScaleWarps) {
-            if (!p.o.weights_ready) dependency_wait();
-            bring_scales<S>(p, part, base, first_row);
+        if (threadIdx.x == S::kConsumers) {
+            for (int i = 0; i < S::kStages; ++i) {
+                barrier_init(base + S::kFull + 8 * i, 1 + S::kScaleWarps);
+                barrier_init(base + S::kEmpty + 8 * i, 4 * S::kTiles);
+            }
+            barrier_init(base + S::kSumsReady, part.size * S::kConsumers / 32);
+            fence_barrier_init();
+            fence_async_proxy();
         }
         __syncwarp();
+        if (is_cluster) cluster_arrive_relaxed();
+        lower_registers<S::kProducerRegisters>();
+        if (warp == 0) {
+            named_barrier_arrive(kReady, S::kThreads);
+            if (threadIdx.x == S::kConsumers) copy<S>(p, part, base, first_row, first_token);
+        } else if (warp <= S::kScaleWarps) {
+            RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers - 32,
+                                             32 * S::kScaleWarps);
+            if (p.o.absmax_scale != nullptr) named_barrier(kMapReady, 32 * S::kScaleWarps);
+            if (!p.o.weights_ready) dependency_wait();
+            bring_scales<S>(p, part, base, first_row);
+        } else {
+            named_barrier_arrive(kReady, S::kThreads);
+        }
+        __syncwarp();
+        if (is_cluster) cluster_wait();
     }
     // No CTA may leave while a neighbour still reads from it.
-    if (part.size > 1) {
-        __syncwarp();
+    if (is_cluster) {
         cluster_arrive_relaxed();
         cluster_wait();
     }

@@ -67,6 +67,18 @@ __device__ __forceinline__ uint4 load_remote_16(uint32_t address, int rank) {
         : "memory");
     return v;
 }
+/// Sixteen bytes from global memory, past L1; complete behind copy_async_wait, for this thread.
+__device__ __forceinline__ void copy_async_16(uint32_t address, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Until at most the last kPending groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 /// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4
 /// of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
@@ -142,6 +154,10 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
 }
 __device__ __forceinline__ void named_barrier(int id, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+/// Counts this warp's threads without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
 // ----------------------------------------------------------------------------------------------- clusters
@@ -292,11 +308,14 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
     QBITS_NAMES32                                                                                           \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
     "%57,%58,%59,%60,%61,%62,%63"
-#define QBITS_NAMES128                                                                                       \
+#define QBITS_NAMES96                                                                                        \
     QBITS_NAMES64                                                                                            \
     ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,"  \
-    "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
-    "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+    "%89,%90,%91,%92,%93,%94,%95"
+#define QBITS_NAMES128                                                                                       \
+    QBITS_NAMES96                                                                                            \
+    ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
+    "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QBITS_WGMMA(shape, type, keep, names, inputs, ...)                                           \
     asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " inputs \
                  ", " keep ", 1, 1, 0;"                                                              \
@@ -331,6 +350,35 @@ __device__ __forceinline__ void wgmma_k16(float (&acc)[kTokens / 2], const uint3
                           QBITS_ACC32(32), QBITS_ACC32(64), QBITS_ACC32(96));
     }
 }
+
+#define QBITS_WGMMA_SHARED(shape, type, names, a_name, b_name, ...)                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a_name ", " b_name \
+                 ", 1, 1, 1, 0, 0;"                                                                              \
+                 : __VA_ARGS__                                                                                   \
+                 : "l"(a), "l"(b))
+#define QBITS_WGMMA_SHARED_TYPES(shape, names, a_name, b_name, ...)                \
+    if constexpr (std::is_same_v<T, float16>)                                      \
+        QBITS_WGMMA_SHARED(shape, "f16", names, a_name, b_name, __VA_ARGS__);      \
+    else                                                                           \
+        QBITS_WGMMA_SHARED(shape, "bf16", names, a_name, b_name, __VA_ARGS__)
+
+/// acc[64 rows, kTokens] += a[64 rows, 16] b[kTokens, 16]^T, both operands by descriptors.
+template <typename T, int kTokens>
+__device__ __forceinline__ void wgmma_k16_shared(float (&acc)[kTokens / 2], uint64_t a, uint64_t b) {
+    if constexpr (kTokens == 128) {
+        QBITS_WGMMA_SHARED_TYPES("m64n128k16", QBITS_NAMES64, "%64", "%65", QBITS_ACC32(0), QBITS_ACC32(32));
+    } else if constexpr (kTokens == 192) {
+        QBITS_WGMMA_SHARED_TYPES("m64n192k16", QBITS_NAMES96, "%96", "%97", QBITS_ACC32(0), QBITS_ACC32(32),
+                                 QBITS_ACC32(64));
+    } else {
+        static_assert(kTokens == 256, "wgmma is written out for 128, 192 and 256 tokens");
+        QBITS_WGMMA_SHARED_TYPES("m64n256k16", QBITS_NAMES128, "%128", "%129", QBITS_ACC32(0), QBITS_ACC32(32),
+                                 QBITS_ACC32(64), QBITS_ACC32(96));
+    }
+}
+#undef QBITS_WGMMA_SHARED
+#undef QBITS_WGMMA_SHARED_TYPES
+#undef QBITS_NAMES96
 #undef QBITS_ACC8
 #undef QBITS_ACC16
 #undef QBITS_ACC32

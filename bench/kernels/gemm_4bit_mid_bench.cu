@@ -18,11 +18,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) kernel_of(const __grid_constan
 
 using Kernel = void (*)(Gemm4bitMidParams);
 struct Variant {
-    int tokens, tiles, groups, blocks, unit, row_bytes, stages, threads, smem_bytes;
+    int tokens, tiles, groups, blocks, unit, row_bytes, stages, threads, smem_bytes, register_words;
     Kernel bf16, fp16;
     std::string name() const {
         char s[64];
-        std::snprintf(s, sizeof s, "%dx%d g%d b%d s%d%s", tokens, 64 * tiles, groups, blocks, stages,
+        std::snprintf(s, sizeof s, "%dx%d g%d b%d s%d r%d%s", tokens, 64 * tiles, groups, blocks, stages, register_words,
                       unit == 32 ? " u32" : "");
         return s;
     }
@@ -35,7 +35,7 @@ Variant variant_of() {
     constexpr Kernel fp16 = kernel_of<float16, S>;
 #endif
     return {S::kTokens,  S::kTiles,   S::kGroups,    S::kStageBlocks,        S::kUnit, S::kRowBytes, S::kStages,
-            S::kThreads, S::kSmemBytes, kernel_of<bfloat16, S>, fp16};
+            S::kThreads, S::kSmemBytes, S::kRegisterWords, kernel_of<bfloat16, S>, fp16};
 }
 #ifndef VARIANTS
 #define VARIANTS V(16, 1, 4, 4, 64) V(32, 2, 2, 4, 64) V(64, 2, 2, 2, 64) V(128, 2, 1, 2, 64) V(32, 2, 2, 2, 32)
