@@ -96,6 +96,7 @@ fn describe_arg<'py>(py: Python<'py>, arg: &Arg) -> PyResult<Bound<'py, PyDict>>
 /// How `qbits.ops.gemm_4bit` computes a product on `cuda:{device}`, or on the CPU for -1: the name of a family of fused
 /// kernels, "cpu" for the fused loop, or "dequantize" (decode, then torch's GEMM). Operands are taken as aligned.
 #[pyfunction]
+#[pyo3(signature = (M, N, K, dtype, block_size, device, is_nested=false))]
 #[allow(non_snake_case)]
 fn plan_gemm_4bit(
     M: i64,
@@ -104,13 +105,14 @@ fn plan_gemm_4bit(
     dtype: &Bound<'_, PyAny>,
     block_size: i64,
     device: i32,
+    is_nested: bool,
 ) -> PyResult<&'static str> {
     let py = dtype.py();
     let fail = |error: Error| raise(py, error);
     let Some(dtype) = to_dtype(dtype)? else {
         return Err(PyTypeError::new_err("qbits::plan_gemm_4bit: dtype must be a dtype, got another object"));
     };
-    let problem = Problem { m: M, n: N, k: K, dtype, block_size, is_aligned: true };
+    let problem = Problem { m: M, n: N, k: K, dtype, block_size, is_nested, is_aligned: true };
     let limits = (device >= 0).then(|| cuda::limits("gemm_4bit", device)).transpose().map_err(fail)?;
     Ok(problem.fastest(limits, cuda::forced_family("gemm_4bit").map_err(fail)?).name())
 }

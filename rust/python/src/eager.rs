@@ -4,6 +4,7 @@ use crate::call::{MAX_ARGS, call};
 use crate::exception::{is_traced, raise};
 use pyo3::Borrowed;
 use pyo3::exceptions::PyRuntimeError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
@@ -86,14 +87,24 @@ pub fn call_eagerly<'py>(
             None => PyTuple::new(py, [out])?,
         };
         // Inference tensors have no version, foreign arrays no autograd.
-        if hooks.increment_version.bind(py).call1((&tensors,)).is_err() {
-            hooks.written.bind(py).call1((tensors,))?;
+        if call_with(&hooks.increment_version, &tensors).is_err() {
+            call_with(&hooks.written, &tensors)?;
         }
     }
     match outputs {
         None => Ok((*out).to_owned()),
         Some(outputs) if outputs.iter_borrowed().any(|output| output.is_none()) => answer.into_object(py),
         Some(outputs) => Ok(outputs.into_any()),
+    }
+}
+
+/// `function(argument)`, without a tuple of the argument.
+fn call_with<'py>(function: &Py<PyAny>, argument: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
+    // SAFETY: a live callable and a live argument, ended by null; the result is a new reference or an error.
+    unsafe {
+        let none = std::ptr::null_mut::<ffi::PyObject>();
+        let answer = ffi::PyObject_CallFunctionObjArgs(function.as_ptr(), argument.as_ptr(), none);
+        Bound::from_owned_ptr_or_err(argument.py(), answer)
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::OnceLock;
 /// Which kernels an op uses where it has several families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    /// Few rows of input, mma.sync; Ampere and later.
+    /// A few rows of input, TMA and mma.sync; Hopper only.
+    SkinnySm90,
+    /// Few rows, mma.sync; Ampere and later.
     Skinny,
     /// Dozens of rows, wgmma; Hopper only.
     Mid,
@@ -18,11 +20,12 @@ pub enum Family {
 }
 
 impl Family {
-    const ALL: [Self; 4] = [Self::Skinny, Self::Mid, Self::Large, Self::Simt];
+    const ALL: [Self; 5] = [Self::SkinnySm90, Self::Skinny, Self::Mid, Self::Large, Self::Simt];
 
     /// As `QBITS_FORCE_FAMILY` and printed plans have it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::SkinnySm90 => "skinny_sm90",
             Self::Skinny => "skinny",
             Self::Mid => "mid",
             Self::Large => "large",
@@ -71,7 +74,7 @@ pub(super) fn settings(op: &str) -> Result<Settings> {
     }
 }
 
-/// The family that `QBITS_FORCE_FAMILY` selects: `skinny`, `mid`, `large` or `simt`.
+/// The family that `QBITS_FORCE_FAMILY` selects: `skinny_sm90`, `skinny`, `mid`, `large` or `simt`.
 ///
 /// # Errors
 /// When a `QBITS_` variable of the CUDA backend has a value outside its set.
@@ -115,7 +118,7 @@ mod tests {
         let refused = |name, value| read(&[(name, value)]).unwrap_err();
         assert_eq!(
             refused("QBITS_FORCE_FAMILY", "sm70"),
-            "QBITS_FORCE_FAMILY must be unset or skinny, mid, large, simt, got \"sm70\""
+            "QBITS_FORCE_FAMILY must be unset or skinny_sm90, skinny, mid, large, simt, got \"sm70\""
         );
         assert_eq!(refused("QBITS_CHECK", "some"), "QBITS_CHECK must be unset or full, got \"some\"");
         assert_eq!(

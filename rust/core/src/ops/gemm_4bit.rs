@@ -1,14 +1,17 @@
 //! Product of an input with a 4-bit weight that is decoded on the way.
 //! Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314, section 3.
 
+mod mid;
 mod skinny;
+mod skinny_sm90;
+mod wgmma;
 
 use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of, host_absmax};
 use super::with_float;
 use crate::backend::{Cpu, Cuda, Run};
 use crate::codebook::Codebook4;
 use crate::cpu::{self, Execution, Float, Weight4};
-use crate::cuda::{Family, Limits, forced_family, launch, limits};
+use crate::cuda::{Family, Limits, forced_family, images, launch, limits};
 use crate::error::Result;
 use crate::op;
 use crate::spec::{FLOAT32, FLOATS, Of, UINT8};
@@ -51,7 +54,9 @@ pub struct Problem {
     pub dtype: Dtype,
     /// Weights that share a scale.
     pub block_size: i64,
-    /// Input and packed weight start on 16 bytes.
+    /// Block scales are codes themselves.
+    pub is_nested: bool,
+    /// Input, packed weight and block scales start on 16 bytes.
     pub is_aligned: bool,
 }
 
@@ -90,17 +95,26 @@ struct Range {
     family: Family,
 }
 
-const ANY_WEIGHT: i64 = i64::MAX;
+const HOPPER: (i32, i32) = (9, 0);
 const ANY_GPU: (i32, i32) = (i32::MAX, 0);
 
+const fn range(since: (i32, i32), until: (i32, i32), most_rows: i64, family: Family) -> Range {
+    Range { since, until, most_weights: i64::MAX, most_rows, family }
+}
+
 /// The fastest family: the first line that holds and whose kernels can run. Where none does, decoding and the framework's
-/// GEMM are faster. At 32 rows and 8192 x 8192 an H200 takes 63 us with `Skinny`, decoding and cuBLAS 84.
+/// GEMM are faster. Measured on an H200 with NF4 in blocks of 64 and bfloat16, in us at 8192 x 8192: 16 rows `Mid` 16,
+/// `Skinny` 33; 128 rows `Mid` 34 to 40, decoding and cuBLAS 65. The line of Ampere is of 32 rows: `Skinny` 63, decoding
+/// and cuBLAS 84.
 const FASTEST: &[Range] = &[
-    Range { since: (8, 0), until: ANY_GPU, most_weights: ANY_WEIGHT, most_rows: 32, family: Family::Skinny },
-    Range { since: (0, 0), until: ANY_GPU, most_weights: ANY_WEIGHT, most_rows: 8, family: Family::Simt },
+    range(HOPPER, HOPPER, 8, Family::SkinnySm90),
+    range(HOPPER, HOPPER, 8, Family::Skinny),
+    range(HOPPER, HOPPER, 128, Family::Mid),
+    range((8, 0), ANY_GPU, 32, Family::Skinny),
+    range((0, 0), ANY_GPU, 8, Family::Simt),
 ];
 /// Families in the order in which they are tried when decoding is no choice: `Simt` takes every problem.
-const FALLBACKS: &[Family] = &[Family::Skinny, Family::Simt];
+const FALLBACKS: &[Family] = &[Family::Mid, Family::Skinny, Family::Simt];
 /// Rows of the input up to which the fused loop wins on a CPU: at 16 rows torch's GEMM on two cores is twice as fast.
 const MOST_FUSED_CPU: i64 = 8;
 
@@ -110,6 +124,11 @@ impl Range {
             && problem.n.saturating_mul(problem.k) <= self.most_weights
             && problem.m <= self.most_rows
     }
+}
+
+/// Whether the build holds the image: those that Hopper's own instructions need are left out of other builds.
+fn is_built(image: &str) -> bool {
+    images().iter().any(|held| held.name == image)
 }
 
 impl Problem {
@@ -138,9 +157,11 @@ impl Problem {
     /// Whether the family has a kernel for the problem and the device.
     fn fits(&self, family: Family, limits: &Limits) -> bool {
         match family {
+            Family::SkinnySm90 => is_built("gemm_4bit_skinny_sm90") && skinny_sm90::fits(self, limits),
             Family::Skinny => skinny::fits(self, limits),
+            Family::Mid => is_built("gemm_4bit_mid_sm90") && mid::fits(self, limits),
+            Family::Large => false,
             Family::Simt => true,
-            Family::Mid | Family::Large => false,
         }
     }
 }
@@ -213,7 +234,8 @@ impl Gemm4bit {
             k: self.K,
             dtype: self.input.dtype,
             block_size: self.block_size,
-            is_aligned: is_aligned(&self.input) && is_aligned(&self.packed),
+            is_nested: self.absmax_scale.is_some(),
+            is_aligned: is_aligned(&self.input) && is_aligned(&self.packed) && is_aligned(&self.absmax),
         }
     }
 }
@@ -224,12 +246,28 @@ impl Run<Gemm4bit> for Cuda {
             return Ok(());
         }
         let limits = limits("gemm_4bit", self.stream.device)?;
-        let plan = match op.problem().family(limits, forced_family("gemm_4bit")?) {
-            Family::Skinny => skinny::plan_mma(op, limits),
-            _ => skinny::plan_simt(op),
-        };
+        let is_ready = self.weights_are_ready && limits.capability >= (9, 0);
         // SAFETY: the caller's promise: checked lengths and dtypes, live memory of the stream's device.
-        unsafe { launch("gemm_4bit", &plan.launch, &plan.params, self.stream) }
+        unsafe {
+            match op.problem().family(limits, forced_family("gemm_4bit")?) {
+                Family::SkinnySm90 => {
+                    let (plan, params) = skinny_sm90::plan(op, limits, is_ready)?;
+                    launch("gemm_4bit", &plan, &params, self.stream)
+                }
+                Family::Mid => {
+                    let (plan, params) = mid::plan(op, limits, is_ready)?;
+                    launch("gemm_4bit", &plan, &params, self.stream)
+                }
+                Family::Skinny => {
+                    let (plan, params) = skinny::plan_mma(op, limits);
+                    launch("gemm_4bit", &plan, &params, self.stream)
+                }
+                _ => {
+                    let (plan, params) = skinny::plan_simt(op);
+                    launch("gemm_4bit", &plan, &params, self.stream)
+                }
+            }
+        }
     }
 
     const WEIGHTS: &[&str] = &["packed", "absmax", "absmax_scale", "absmax_offset", "absmax_codebook"];
@@ -240,3 +278,6 @@ impl Run<Gemm4bit> for Cuda {
         Ok(op.problem().fastest(Some(limits), forced_family("gemm_4bit")?) == Way::Dequantize)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ pub(super) struct SkinnyParams {
 unsafe impl Params for SkinnyParams {}
 
 /// Rows of the weight in one tile of the tensor cores.
-const TILE_ROWS: u64 = 16;
+pub(super) const TILE_ROWS: u64 = 16;
 /// Threads of a multiprocessor that the tensor-core kernel uses: one block of 512 or two of 256.
 const MMA_THREADS_PER_SM: u32 = 512;
 /// Its table of decoded pairs; the partial sums of its warps come behind it.
@@ -40,13 +40,6 @@ const MMA_MAX_K: i64 = 1 << 24;
 
 /// Rows of the weight that one thread block of the other kernels computes.
 const SIMT_ROWS: u64 = 8;
-
-/// A launch and what it passes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct SkinnyPlan {
-    pub launch: Launch,
-    pub params: SkinnyParams,
-}
 
 /// Whether the tensor-core kernels take the problem.
 pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
@@ -58,7 +51,7 @@ pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
 }
 
 /// Tensor cores: as few waves of thread blocks as hold all tiles, with the tiles spread evenly over them.
-pub(super) fn plan_mma(op: &Gemm4bit, limits: &Limits) -> SkinnyPlan {
+pub(super) fn plan_mma(op: &Gemm4bit, limits: &Limits) -> (Launch, SkinnyParams) {
     let num_tiles = (op.N as u64).div_ceil(TILE_ROWS);
     let num_sms = u64::from(limits.num_sms);
     // Measured on an H200: two blocks of 256 threads per multiprocessor win for tall weights and short, middling ones.
@@ -83,11 +76,11 @@ pub(super) fn plan_mma(op: &Gemm4bit, limits: &Limits) -> SkinnyPlan {
     let launch = Launch { shared_bytes, ..Launch::new(symbol, grid, threads) };
     let tiles_per_cta = num_tiles.checked_div(grid).unwrap_or(0) as i32;
     let num_larger_ctas = num_tiles.checked_rem(grid).unwrap_or(0) as i32;
-    SkinnyPlan { launch, params: params(op, tiles_per_cta, num_larger_ctas) }
+    (launch, params(op, tiles_per_cta, num_larger_ctas))
 }
 
 /// Plain arithmetic, for every problem.
-pub(super) fn plan_simt(op: &Gemm4bit) -> SkinnyPlan {
+pub(super) fn plan_simt(op: &Gemm4bit) -> (Launch, SkinnyParams) {
     let is_aligned = |tensor: &Tensor, bytes: usize| (tensor.data as usize).is_multiple_of(bytes);
     let is_wordwise = op.K % 8 == 0 && is_aligned(&op.packed, 4) && is_aligned(&op.input, 16);
     let family = match (is_wordwise, op.absmax_scale.is_some()) {
@@ -99,10 +92,11 @@ pub(super) fn plan_simt(op: &Gemm4bit) -> SkinnyPlan {
     let tokens = if op.num_rows() == 1 { 1 } else { 4 };
     let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
     let grid = (op.N as u64).div_ceil(SIMT_ROWS).min(MAX_GRID);
-    SkinnyPlan { launch: Launch::new(symbol, grid, 256), params: params(op, 0, 0) }
+    (Launch::new(symbol, grid, 256), params(op, 0, 0))
 }
 
-fn params(op: &Gemm4bit, tiles_per_cta: i32, num_larger_ctas: i32) -> SkinnyParams {
+/// What every kernel of few rows reads.
+pub(super) fn params(op: &Gemm4bit, tiles_per_cta: i32, num_larger_ctas: i32) -> SkinnyParams {
     SkinnyParams {
         input: op.input.data,
         packed: op.packed.data,

@@ -1,0 +1,142 @@
+//! Dozens of rows of input on Hopper: the kernels of cuda/gemm_4bit_mid_sm90.cu.
+
+use super::wgmma::{self, Gemm4bitOperands};
+use super::{Gemm4bit, Problem};
+use crate::cuda::{Launch, Limits, MAX_GRID_Y, Params, Symbol, TensorMap};
+use crate::error::Result;
+
+/// Mirror of the kernels' struct.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MidParams {
+    input: TensorMap,
+    packed: TensorMap,
+    operands: Gemm4bitOperands,
+    rows_per_tile: i32,
+}
+// SAFETY: repr(C), field by field the struct of cuda/gemm_4bit_mid.cuh; `param_bytes` is compared at load.
+unsafe impl Params for MidParams {}
+
+/// One kernel: its tile, and what it needs of a multiprocessor.
+struct Variant {
+    /// Rows of the input in a tile,
+    tokens: u64,
+    /// and most rows of the weight.
+    rows: u64,
+    family: &'static str,
+    threads: u32,
+    shared_bytes: u32,
+    /// Columns in a stage of the ring.
+    stage_columns: u32,
+}
+
+macro_rules! variants {
+    ($prefix:literal: $($name:literal $tokens:literal $rows:literal $threads:literal $shared:literal $stage:literal;)+) => {
+        [$(Variant {
+            tokens: $tokens,
+            rows: $rows,
+            family: concat!($prefix, $name),
+            threads: $threads,
+            shared_bytes: $shared,
+            stage_columns: $stage,
+        }),+]
+    };
+}
+
+/// In the order of their tokens; for blocks of 64 and more.
+const VARIANTS: [Variant; 8] = variants! { "gemm_4bit_mid_":
+    "16x64" 16 64 640 206336 256;
+    "16x128" 16 128 640 226816 256;
+    "32x64" 32 64 640 220672 128;
+    "32x128" 32 128 640 206336 256;
+    "64x64" 64 64 512 193024 128;
+    "64x128" 64 128 640 220672 128;
+    "128x64" 128 64 384 216576 128;
+    "128x128" 128 128 384 193024 128;
+};
+/// The same for blocks of 32.
+const VARIANTS_BLOCK32: [Variant; 8] = variants! { "gemm_4bit_mid_":
+    "16x64_block32" 16 64 640 214528 256;
+    "16x128_block32" 16 128 640 181760 256;
+    "32x64_block32" 32 64 640 226816 128;
+    "32x128_block32" 32 128 640 214528 256;
+    "64x64_block32" 64 64 512 196096 128;
+    "64x128_block32" 64 128 384 226816 128;
+    "128x64_block32" 128 64 384 218624 128;
+    "128x128_block32" 128 128 384 196096 128;
+};
+
+/// Whether these kernels take the problem.
+pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
+    wgmma::fits(problem, limits) && problem.m <= 128 * i64::from(MAX_GRID_Y)
+}
+
+/// A tile of few rows where all fit the device at once; K divided within clusters of two where half of it would idle.
+pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> Result<(Launch, MidParams)> {
+    let (m, n, num_sms) = (op.num_rows() as u64, op.N as u64, u64::from(limits.num_sms));
+    let num_tiles = n.div_ceil(64);
+    let rows = if num_tiles <= num_sms { 64 } else { 128 };
+    let cluster = if num_tiles <= num_sms / 2 { 2 } else { 1 };
+    let variants = if op.block_size == 32 { &VARIANTS_BLOCK32 } else { &VARIANTS };
+    let of_rows = || variants.iter().filter(|variant| variant.rows == rows);
+    let variant = of_rows().find(|variant| m <= variant.tokens).or_else(|| of_rows().next_back());
+    let variant = variant.unwrap_or_else(|| unreachable!("variants of {rows} rows"));
+    let rows_per_tile = match rows {
+        64 => 64,
+        _ => n.div_ceil(16 * n.div_ceil(128 * num_sms) * num_sms) * 16,
+    };
+    let symbol = Symbol { family: variant.family, dtype: Some(op.input.dtype), codebook: "", number: 0 };
+    let launch = Launch {
+        grid_y: m.div_ceil(variant.tokens) as u32,
+        shared_bytes: variant.shared_bytes,
+        cluster,
+        dependent: weights_are_ready,
+        ..Launch::new(symbol, n.div_ceil(rows_per_tile) * u64::from(cluster), variant.threads)
+    };
+    let input = wgmma::input_map(op, variant.tokens as u32, variant.stage_columns / 64);
+    let packed = wgmma::packed_map(op, rows_per_tile as u32, variant.stage_columns / 2);
+    let params = MidParams {
+        input: input.encode("gemm_4bit")?,
+        packed: packed.encode("gemm_4bit")?,
+        operands: Gemm4bitOperands::new(op, weights_are_ready),
+        rows_per_tile: rows_per_tile as i32,
+    };
+    Ok((launch, params))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::product;
+    use super::*;
+    use crate::cuda::H200;
+    use crate::cuda::recorder::{Machine, Recorder};
+
+    #[test]
+    fn plans_are_those_of_the_launch_table() {
+        let _recorder = Recorder::install(Machine::h200());
+        for (m, n, k, block_size, expected, rows_per_tile) in [
+            (16, 4096, 4096, 64, "16x64_bfloat16<<<128, 640, 206336, cluster 2>>>", 64),
+            (17, 8192, 8192, 64, "32x64_bfloat16<<<128, 640, 220672>>>", 64),
+            (64, 14336, 4096, 64, "64x128_bfloat16<<<128, 640, 220672>>>", 112),
+            (128, 28672, 8192, 64, "128x128_bfloat16<<<256, 384, 193024>>>", 112),
+            (128, 28672, 8192, 32, "128x128_block32_bfloat16<<<256, 384, 196096>>>", 112),
+            (300, 100, 64, 4096, "128x64_bfloat16<<<4 x 3, 384, 216576, cluster 2>>>", 64),
+        ] {
+            let op = product(m, n, k, block_size, false);
+            assert!(fits(&op.problem(), &H200), "{expected}");
+            let (launch, params) = plan(&op, &H200, false).unwrap();
+            assert_eq!(launch.to_string(), format!("gemm_4bit_mid_{expected}"));
+            assert_eq!(params.rows_per_tile, rows_per_tile);
+        }
+    }
+
+    #[test]
+    fn a_ready_weight_starts_before_earlier_work_has_ended() {
+        let _recorder = Recorder::install(Machine::h200());
+        let op = product(40, 4096, 4096, 64, true);
+        let (launch, params) = plan(&op, &H200, true).unwrap();
+        assert!(launch.dependent && params.operands.weights_ready == 1);
+        let (launch, params) = plan(&op, &H200, false).unwrap();
+        assert!(!launch.dependent && params.operands.weights_ready == 0);
+    }
+}
