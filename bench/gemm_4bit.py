@@ -7,12 +7,14 @@ through more than the L2, with warm activations, as in decoding, all peers in tu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from common import Replay, Report, arguments, interleaved, num_sets, peer
-from qbits import _core, ops
+from qbits import _core, dependent_launch, ops
+from qbits.functional import QTensor4
+from qbits.nn import Linear4bit
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # N, K
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -20,6 +22,7 @@ OTHER_TOKENS = (1, 16, 64, 256)  # of other codebooks, dtypes and nested statist
 BITSANDBYTES_TOKENS = (1, 16, 64, 256)
 INT4_TOKENS = (1, 2, 4, 8, 16)  # beyond, torch's int4 product takes longer than cuBLAS
 TRANSPOSED_TOKENS = (1, 8, 16, 32)
+DEPENDENT_TOKENS = (1, 2, 4, 8, 16, 32)
 READ_TB_PER_S = 4.40
 TFLOP_PER_S = 790.0
 
@@ -118,6 +121,18 @@ def peer_replay(bnb: Any, weights: Weights, x: torch.Tensor) -> Replay:
     return Replay(calls)
 
 
+def dependent_replay(weights: Weights, calls: list[Callable[[], torch.Tensor]]) -> Replay:
+    """The same calls as layers whose weights nobody writes: each fetches its weight while the one before runs."""
+    layers = torch.nn.ModuleList()
+    for packed, absmax, _ in weights.parts:
+        record = QTensor4(packed, absmax, (weights.N, weights.K), torch.bfloat16, weights.codebook, 64)
+        layer = Linear4bit(weights.K, weights.N, bias=False, device="meta")
+        layer.load_record(record, adopt=True)
+        layers.append(layer)
+    with dependent_launch(layers):
+        return Replay(calls)
+
+
 def int4_replay(weights: Weights, x: torch.Tensor) -> Replay:
     """The int4 product of torch, group 64, over random codes of the same shape."""
     N, K = weights.N, weights.K
@@ -150,6 +165,8 @@ def measure(
             replays[name] = make()
         except Exception as error:
             report.note(f"{name} at {M} x {N} x {K}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    if weights.codebook == "nf4" and not nested and M in DEPENDENT_TOKENS:
+        replays["dependent"] = dependent_replay(weights, calls)
     times = interleaved(replays, repeats)
     ours, cublas = times["ours"], times["cublas"]
     others = {name: timing.us for name, timing in times.items() if name in peers}
@@ -171,6 +188,7 @@ def measure(
         tb_per_s=num_bytes / ours.us * 1e-6,
         floor_us=floor_us,
         share_of_floor=floor_us / ours.us,
+        dependent_us=times["dependent"].us if "dependent" in times else None,
         cublas_us=cublas.us,
         speedup_over_cublas=cublas.us / ours.us,
         peer=best_peer,
