@@ -122,7 +122,7 @@ def peer_replay(bnb: Any, weights: Weights, x: torch.Tensor) -> Replay:
 
 
 def dependent_replay(weights: Weights, calls: list[Callable[[], torch.Tensor]]) -> Replay:
-    """The same calls as layers whose weights nobody writes: each fetches its weight while the one before runs."""
+    """The same calls with weights that nobody writes: each is fetched while the call before runs."""
     layers = torch.nn.ModuleList()
     for packed, absmax, _ in weights.parts:
         record = QTensor4(packed, absmax, (weights.N, weights.K), torch.bfloat16, weights.codebook, 64)
