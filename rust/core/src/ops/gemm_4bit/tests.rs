@@ -37,7 +37,7 @@ fn the_rule_names_a_family_that_fits_or_declines() {
         Problem { m, ..problem }.fastest(Some(&limits), None).name()
     };
     assert_eq!(Problem { m: 8, ..problem }.fastest(None, None), Way::Cpu);
-    assert_eq!(Problem { m: 9, ..problem }.fastest(None, None), Way::Dequantize);
+    assert_eq!(Problem { m: 1000, ..problem }.fastest(None, None), Way::Dequantize);
     assert_eq!((fastest(1, (7, 5)), fastest(9, (7, 5))), ("simt", "dequantize"));
     assert_eq!((fastest(1, (8, 0)), fastest(33, (8, 0))), ("skinny", "dequantize"));
     assert_eq!((fastest(1, (10, 0)), fastest(33, (12, 0))), ("skinny", "dequantize"));
