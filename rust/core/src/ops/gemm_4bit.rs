@@ -1,6 +1,7 @@
 //! Product of an input with a 4-bit weight that is decoded on the way.
 //! Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314, section 3.
 
+mod large;
 mod mid;
 mod skinny;
 mod skinny_sm90;
@@ -110,11 +111,12 @@ const FASTEST: &[Range] = &[
     range(HOPPER, HOPPER, 8, Family::SkinnySm90),
     range(HOPPER, HOPPER, 8, Family::Skinny),
     range(HOPPER, HOPPER, 128, Family::Mid),
+    range(HOPPER, HOPPER, 512, Family::Large),
     range((8, 0), ANY_GPU, 32, Family::Skinny),
     range((0, 0), ANY_GPU, 8, Family::Simt),
 ];
 /// Families in the order in which they are tried when decoding is no choice: `Simt` takes every problem.
-const FALLBACKS: &[Family] = &[Family::Mid, Family::Skinny, Family::Simt];
+const FALLBACKS: &[Family] = &[Family::Large, Family::Mid, Family::Skinny, Family::Simt];
 /// Rows of the input up to which the fused loop wins on a CPU. With two cores at 4096 x 4096, float32: 28 ms at 16 rows
 /// (decoding and torch 84), 142 at 128 (180), 255 at 256 (142); torch's bfloat16 GEMM may use matrix units.
 const MOST_FUSED_CPU: i64 = 128;
@@ -163,7 +165,7 @@ impl Problem {
             Family::SkinnySm90 => is_built("gemm_4bit_skinny_sm90") && skinny_sm90::fits(self, limits),
             Family::Skinny => skinny::fits(self, limits),
             Family::Mid => is_built("gemm_4bit_mid_sm90") && mid::fits(self, limits),
-            Family::Large => false,
+            Family::Large => is_built("gemm_4bit_large_sm90") && large::fits(self, limits),
             Family::Simt => true,
         }
     }
@@ -255,6 +257,10 @@ impl Run<Gemm4bit> for Cuda {
             match op.problem().family(limits, forced_family("gemm_4bit")?) {
                 Family::SkinnySm90 => {
                     let (plan, params) = skinny_sm90::plan(op, limits, is_ready)?;
+                    launch("gemm_4bit", &plan, &params, self.stream)
+                }
+                Family::Large => {
+                    let (plan, params) = large::plan(op, limits, is_ready)?;
                     launch("gemm_4bit", &plan, &params, self.stream)
                 }
                 Family::Mid => {

@@ -108,8 +108,8 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
         let boxes = [[1, 1024], [1, 9216], [2, 1024], [3, 1024], [3, 9216], [5, 256]];
         let many = [[17, 64], [33, 64], [65, 64], [129, 64]];
         let small = [&short[..], &boxes, &many].concat().into_iter().map(|[m, k]| [m, 100, k]);
-        let tall = [1, 5, 9, 17, 33, 65, 129].map(|m| [m, 9000, 64]);
-        for sizes @ [_, rows, k] in small.chain(tall) {
+        let tall = [1, 5, 9, 17, 33, 65, 129, 300].map(|m| [m, 9000, 64]);
+        for sizes @ [_, rows, k] in small.chain(tall).chain([[200, 8000, 64]]) {
             if rows > 100 && name != "gemm_4bit" {
                 continue;
             }
