@@ -1,7 +1,8 @@
 //! The dispatch rule, and the product that the tests of the families plan.
 
 use super::*;
-use crate::cuda::H200;
+use crate::cuda::recorder::{Machine, Recorder};
+use crate::cuda::{H200, Stream};
 use crate::tensor::Device;
 
 /// A device tensor at an address that nobody reads.
@@ -59,4 +60,33 @@ fn a_forced_family_counts_wherever_it_can_run() {
     assert_eq!(float.family(&H200, Some(Family::Mid)), Family::Simt);
     assert_eq!(Problem { m: 100, ..float }.fastest(Some(&H200), None), Way::Dequantize);
     assert_eq!(Problem { m: 100, ..float }.family(&H200, None), Family::Simt);
+}
+
+#[test]
+fn a_weight_that_nobody_writes_is_read_early_by_kernels_that_wait_themselves() {
+    let stream = Stream { handle: std::ptr::null_mut(), device: 0 };
+    for (m, k, image) in [
+        (1, 4096, "gemm_4bit_skinny_sm90"),
+        (40, 4096, "gemm_4bit_mid_sm90"),
+        (300, 4096, "gemm_4bit_large_sm90"),
+    ] {
+        for weights_are_ready in [false, true].into_iter().filter(|_| is_built(image)) {
+            let recorder = Recorder::install(Machine::h200());
+            // SAFETY: the recorder stands in for the driver: no address is read.
+            unsafe { Cuda { stream, weights_are_ready }.run(&product(m, 4096, k, 64, false)) }.unwrap();
+            let launches = recorder.launches();
+            assert_eq!(
+                (launches.len(), launches[0].dependent),
+                (1, weights_are_ready),
+                "{}",
+                launches[0].kernel
+            );
+        }
+    }
+    if is_built("gemm_4bit_skinny") {
+        let recorder = Recorder::install(Machine::h200());
+        // SAFETY: as above.
+        unsafe { Cuda { stream, weights_are_ready: true }.run(&product(1, 100, 72, 64, false)) }.unwrap();
+        assert!(!recorder.launches()[0].dependent, "these kernels do not wait");
+    }
 }
