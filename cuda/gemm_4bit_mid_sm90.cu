@@ -6,11 +6,14 @@
 //
 // gemm_4bit_mid_{T}x{R}_{dtype}; block_size 32: gemm_4bit_mid_{T}x{R}_block32_{dtype}
 //     T        tokens of a tile: 16 if m <= 16, 32 if m <= 32, 64 if m <= 64, else 128
-//     R        most rows of a tile: 64 if ceil_div(n, 64) <= num_sms, else 128
-//     cluster  2 if ceil_div(n, 64) <= num_sms / 2, else 1: CTAs that divide k. Any size from 1 to 8 is right
-//     rows_per_tile  R = 64: 64; R = 128: ceil_div(n, 16 waves num_sms) * 16 where waves = ceil_div(n, 128 num_sms).
-//              Any multiple of 16 up to R is right
-//     grid     x: ceil_div(n, rows_per_tile) * cluster, y: ceil_div(m, T)
+//     R        most rows of a tile, by tiles64 = ceil_div(n, 64): 64 if tiles64 <= num_sms / 2; if tiles64 <= num_sms
+//              64, but 128 for T = 128; else 128, but 64 for T = 64 and tiles64 > 2 num_sms
+//     cluster  CTAs that divide k, 1 to 8 are right: 2 if tiles64 <= num_sms / 2, or if T = 128 and
+//              tiles64 <= num_sms; else 1
+//     rows_per_tile  any multiple of 16 up to R is right. R = 64 or cluster = 2: R; else
+//              ceil_div(n, 16 waves num_sms) * 16 where waves = ceil_div(n, 128 num_sms)
+//     grid     x: cluster = 2: 2 tiles, where tiles = ceil_div(n, rows_per_tile); else as many CTAs as share the tiles
+//              evenly, each taking every grid-th: ceil_div(tiles, ceil_div(tiles, num_sms)); y: ceil_div(m, T)
 //     threads, shared bytes, stage_k: a stage of the ring holds stage_k columns, 128 or 256
 //         kernel   threads  shared  stage_k | block32: threads  shared  stage_k
 //         16x64      640    206336    256   |            640    214528    256
@@ -33,16 +36,16 @@
         gemm_4bit_mid_##name(const __grid_constant__ Gemm4bitMidParams p) {            \
         gemm_4bit_mid<T, mid::Shape<__VA_ARGS__>>(p);                                  \
     }
-// Tokens, tiles of 64 rows, groups, blocks of 64 columns in a stage, least block size.
-#define GEMM_4BIT_MID_OF(T, name, kGroupsOf64x128, kUnit)               \
-    GEMM_4BIT_MID(16x64_##name, T, 16, 1, 4, 4, kUnit)                  \
-    GEMM_4BIT_MID(16x128_##name, T, 16, 2, 2, 4, kUnit)                 \
-    GEMM_4BIT_MID(32x64_##name, T, 32, 1, 4, 2, kUnit)                  \
-    GEMM_4BIT_MID(32x128_##name, T, 32, 2, 2, 4, kUnit)                 \
-    GEMM_4BIT_MID(64x64_##name, T, 64, 1, 3, 2, kUnit)                  \
-    GEMM_4BIT_MID(64x128_##name, T, 64, 2, kGroupsOf64x128, 2, kUnit)   \
-    GEMM_4BIT_MID(128x64_##name, T, 128, 1, 2, 2, kUnit)                \
-    GEMM_4BIT_MID(128x128_##name, T, 128, 2, 1, 2, kUnit)
+// Tokens, tiles of 64 rows, groups, blocks of 64 columns in a stage, least block size, whether to decode ahead.
+#define GEMM_4BIT_MID_OF(T, name, kGroupsOf64x128, kUnit)             \
+    GEMM_4BIT_MID(16x64_##name, T, 16, 1, 4, 4, kUnit)                \
+    GEMM_4BIT_MID(16x128_##name, T, 16, 2, 2, 4, kUnit)               \
+    GEMM_4BIT_MID(32x64_##name, T, 32, 1, 4, 2, kUnit)                \
+    GEMM_4BIT_MID(32x128_##name, T, 32, 2, 2, 4, kUnit)               \
+    GEMM_4BIT_MID(64x64_##name, T, 64, 1, 3, 2, kUnit)                \
+    GEMM_4BIT_MID(64x128_##name, T, 64, 2, kGroupsOf64x128, 2, kUnit) \
+    GEMM_4BIT_MID(128x64_##name, T, 128, 1, 2, 2, kUnit)              \
+    GEMM_4BIT_MID(128x128_##name, T, 128, 2, 1, 2, kUnit, true)
 GEMM_4BIT_MID_OF(bfloat16, bfloat16, 2, 64)
 GEMM_4BIT_MID_OF(bfloat16, block32_bfloat16, 1, 32)
 GEMM_4BIT_MID_OF(float16, float16, 2, 64)

@@ -68,7 +68,8 @@ __device__ __forceinline__ float select_value(uint32_t code) {
 
 /// Fills the 256 rows of 256 bytes from `table` on: row b holds the pair of values of byte b, high nibble
 /// first, once for each lane at 4 lane, so that 32 lanes look up 32 bytes without a conflict. The values are
-/// kFactor times too large. The address of a pair is one PRMT: see pair_address.
+/// kFactor times too large. (Rows of 128 bytes and addresses by dp4a, which leave room for a stage more, were
+/// 2 to 5 % slower.)
 template <typename T, int kThreads>
 __device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, int thread) {
     static_assert(kThreads % 256 == 0, "a thread fills rows of one byte, whose pair it computes once");
@@ -79,51 +80,20 @@ __device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, in
     });
     #pragma unroll
     for (int i = 0; i < 8; i += kThreads / 256)
-        store_shared_16(table + byte * 256 + (i + thread / 256 + byte) % 8 * 16, make_uint4(pair, pair, pair, pair));
+        store_shared_16(table + byte * 256 + (i + thread / 256 + byte) % 8 * 16,
+                        make_uint4(pair, pair, pair, pair));
 }
-/// The codebook's values, kFactor times too large, as two planes of bytes in registers: pairs without a look-up in
-/// shared memory, 21 instructions for four.
-template <typename T>
-class RegisterTable {
- public:
-    __device__ __forceinline__ explicit RegisterTable(int codebook) {
-        with_codebook(codebook, [&]<typename Codebook>(Codebook) {
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const auto pair = [&](int code) {
-                    return pack_pair<T>(__fmul_rn(select_value<Codebook>(code), kFactor<T, Codebook>),
-                                        __fmul_rn(select_value<Codebook>(code + 1), kFactor<T, Codebook>));
-                };
-                const uint32_t a = pair(4 * i), b = pair(4 * i + 2);
-                low_[i] = permute_bytes(a, b, 0x6420);
-                high_[i] = permute_bytes(a, b, 0x7531);
-            }
-        });
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) low_[i] = opaque(low_[i]), high_[i] = opaque(high_[i]);
-    }
-    /// The pairs of the word's four bytes, high nibble first.
-    __device__ __forceinline__ void decode(uint32_t (&pairs)[4], uint32_t word) const {
-        const uint32_t index = word & 0x77777777;  // bit 3 of a selector would replicate the sign
-        const uint32_t upper = (word >> 1 & 0x44444444) | 0x32103210;  // byte i of the lower or the upper half
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t at = index >> 16 * i, from = upper >> 16 * i;
-            const uint32_t high = permute_bytes(permute_bytes(high_[0], high_[1], at),
-                                                permute_bytes(high_[2], high_[3], at), from);
-            const uint32_t low = permute_bytes(permute_bytes(low_[0], low_[1], at),
-                                               permute_bytes(low_[2], low_[3], at), from);
-            pairs[2 * i] = permute_bytes(low, high, 0x4051);
-            pairs[2 * i + 1] = permute_bytes(low, high, 0x6273);
-        }
-    }
-
- private:
-    uint32_t low_[4], high_[4];
-};
+/// The pair of byte kByte of `word`; the table begins shared memory and `lane` is 4 lane and, in the top byte, the rank
+/// of the CTA in its cluster. The address is one PRMT.
+template <int kByte>
+__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, uint32_t lane) {
+    return load_shared_4<kSmemStart>(permute_bytes(word, lane, 0x7604 | kByte << 4));
+}
 
 /// Turns the 4 x 4 bytes that the lanes of a quad hold in each of four words: lane t ends with byte t of lane i's
-/// word as byte i. Codes come as words, and a fragment wants byte t of each.
+/// word as byte i. Codes come as words, and a fragment wants byte t of each. kIsLean: two registers less for four
+/// shifts more.
+template <bool kIsLean>
 class QuadTranspose {
  public:
     __device__ __forceinline__ explicit QuadTranspose(int lane) {
@@ -134,7 +104,7 @@ class QuadTranspose {
             const bool is_high = lane >> i & 1;
             send_[i] = opaque(is_high ? kSelectors[i][0][1] : kSelectors[i][0][0]);
             first_[i] = opaque(is_high ? kSelectors[i][1][1] : kSelectors[i][1][0]);
-            second_[i] = opaque(is_high ? kSelectors[i][2][1] : kSelectors[i][2][0]);
+            if (!kIsLean) second_[i] = opaque(is_high ? kSelectors[i][2][1] : kSelectors[i][2][0]);
         }
     }
     __device__ __forceinline__ void operator()(uint32_t (&words)[4]) const {
@@ -145,19 +115,19 @@ class QuadTranspose {
                 const uint32_t sent = permute_bytes(words[j], words[j + 1], send_[i]);
                 const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, 1 << i);
                 words[j] = permute_bytes(words[j], got, first_[i]);
-                words[j + 1] = permute_bytes(words[j + 1], got, second_[i]);
+                words[j + 1] = kIsLean ? permute_bytes(words[j + 1], got >> 16, first_[i])
+                                       : permute_bytes(words[j + 1], got, second_[i]);
             }
         }
     }
 
  private:
-    uint32_t send_[2], first_[2], second_[2];
+    uint32_t send_[2], first_[2], second_[kIsLean ? 1 : 2];
 };
 /// One over the factor in the table.
 template <typename T>
 __device__ __forceinline__ float inverse_factor(int codebook) {
-    return with_codebook(codebook,
-                         [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+    return with_codebook(codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
 }
 
 /// Four scales of each of kRows rows: those of the elements `unit * kUnit` .. , `unit` a multiple of 4; blocks of
@@ -172,16 +142,16 @@ class RowScales {
         const bool is_nested = o.absmax_scale != nullptr;
         offset_ = is_nested ? __ldg(o.absmax_offset) : 0.0f;
         // Four units lie in one vector, or in aligned halves, or in one block.
-        const bool is_aligned = num_units_ % 4 == 0 && (shift_ > 0 || reinterpret_cast<int64_t>(o.absmax) %
-                                                                              (is_nested ? 4 : 16) == 0);
+        const bool is_aligned =
+            num_units_ % 4 == 0 &&
+            (shift_ > 0 || reinterpret_cast<int64_t>(o.absmax) % (is_nested ? 4 : 16) == 0);
         form_ = !is_aligned ? kSingles : is_nested ? kCodes : shift_ == 0 ? kVector : kHalves;
     }
     static __device__ __forceinline__ void fill_map(const Gemm4bitOperands& o, uint32_t map, int thread,
                                                     int num_threads) {
         if (o.absmax_scale == nullptr) return;
         const float* const from = o.absmax_codebook ? o.absmax_codebook : kDynamicMap.value;
-        for (int i = thread; i < 256; i += num_threads)
-            store_shared_4(map + 4 * i, __float_as_uint(from[i]));
+        for (int i = thread; i < 256; i += num_threads) store_shared_4(map + 4 * i, __float_as_uint(from[i]));
     }
 
     /// Rows row, row + step, ..
@@ -210,8 +180,10 @@ class RowScales {
                 if (i * step >= num) break;
                 const int64_t block = (first + i * pitch) >> shift_;
                 const uint8_t* const codes = static_cast<const uint8_t*>(o_.absmax) + block;
-                if (shift_ == 0) v[i].x = __ldg(reinterpret_cast<const uint32_t*>(codes));
-                else v[i].x = __ldg(codes) * 0x1010101u;
+                if (shift_ == 0)
+                    v[i].x = __ldg(reinterpret_cast<const uint32_t*>(codes));
+                else
+                    v[i].x = __ldg(codes) * 0x1010101u;
                 if (shift_ == 1) v[i].x = (v[i].x & 0xffff) | __ldg(codes + 1) * 0x1010000u;
                 v[i].y = __float_as_uint(__ldg(o_.absmax_scale + (block >> 8)));
             }
@@ -221,7 +193,8 @@ class RowScales {
                 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
                     v[i].x = v[i].y, v[i].y = v[i].z, v[i].z = v[i].w, v[i].w = 0;
-                    if (i * step < num && unit + j < num_units_) v[i].w = load_single((first + i * pitch + j) >> shift_);
+                    if (i * step < num && unit + j < num_units_)
+                        v[i].w = load_single((first + i * pitch + j) >> shift_);
                 }
             }
         }

@@ -71,9 +71,7 @@ __device__ __forceinline__ uint4 load_remote_16(uint32_t address, int rank) {
 __device__ __forceinline__ void copy_async_16(uint32_t address, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
-__device__ __forceinline__ void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Until at most the last kPending groups are under way.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -187,6 +185,9 @@ __device__ __forceinline__ void cluster_wait() {
 
 // ---------------------------------------------------------------------------------------------------- TMA
 
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ void tma_load(uint32_t dst, const TensorMap* map, int column, int row,
                                          uint32_t barrier) {
     asm volatile(
@@ -227,13 +228,21 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t src, in
         : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+/// From this CTA's shared memory to the same place in that of CTA `rank`, whose barrier gets the bytes.
+__device__ __forceinline__ void copy_to_rank(uint32_t address, int num_bytes, uint32_t barrier, int rank) {
+    asm volatile(
+        "{ .reg .b32 to, remote; mapa.shared::cluster.u32 to, %0, %3; mapa.shared::cluster.u32 remote, %2, "
+        "%3; "
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, [remote]; "
+        "}" ::"r"(address),
+        "r"(num_bytes), "r"(barrier), "r"(rank)
+        : "memory");
+}
 /// Until the stores of this thread have read their shared memory, or are done.
 __device__ __forceinline__ void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-__device__ __forceinline__ void tma_store_wait() {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /// Orders this thread's writes to shared memory before what TMA and wgmma do behind the next barrier.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -242,13 +251,9 @@ __device__ __forceinline__ void fence_async_proxy() {
 // ----------------------------------------------------------------------------------- dependent launch, registers
 
 /// Until the kernels before this one are done.
-__device__ __forceinline__ void dependency_wait() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+__device__ __forceinline__ void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// From here the next kernel may be launched.
-__device__ __forceinline__ void dependency_launch() {
-    asm volatile("griddepcontrol.launch_dependents;");
-}
+__device__ __forceinline__ void dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 /// The sum over the warpgroups must fit the registers that the CTA had at launch, or the raise waits for ever.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
@@ -261,9 +266,7 @@ __device__ __forceinline__ void lower_registers() {
 
 // -------------------------------------------------------------------------------------------------- wgmma
 
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -285,9 +288,7 @@ __device__ __forceinline__ void pin(float (&a)[kCount]) {
 }
 /// The same value, but one that the compiler keeps in a register in place of computing it again. For whole
 /// warps.
-__device__ __forceinline__ uint32_t opaque(uint32_t v) {
-    return __shfl_sync(~0u, v, threadIdx.x % 32);
-}
+__device__ __forceinline__ uint32_t opaque(uint32_t v) { return __shfl_sync(~0u, v, threadIdx.x % 32); }
 
 /// Descriptor of a K-major operand in shared memory under the 128 B swizzle: 8 rows are 1024 bytes apart. One
 /// k16 step adds 2.
@@ -308,9 +309,9 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
     QBITS_NAMES32                                                                                           \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
     "%57,%58,%59,%60,%61,%62,%63"
-#define QBITS_NAMES96                                                                                        \
-    QBITS_NAMES64                                                                                            \
-    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,"  \
+#define QBITS_NAMES96                                                                                       \
+    QBITS_NAMES64                                                                                           \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
     "%89,%90,%91,%92,%93,%94,%95"
 #define QBITS_NAMES128                                                                                       \
     QBITS_NAMES96                                                                                            \
@@ -321,14 +322,14 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
                  ", " keep ", 1, 1, 0;"                                                              \
                  : __VA_ARGS__                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define QBITS_WGMMA_TYPES(shape, names, inputs, ...)                       \
-    if constexpr (std::is_same_v<T, float16> && kAdd)                      \
-        QBITS_WGMMA(shape, "f16", "1", names, inputs, __VA_ARGS__);        \
-    else if constexpr (std::is_same_v<T, float16>)                         \
-        QBITS_WGMMA(shape, "f16", "0", names, inputs, __VA_ARGS__);        \
-    else if constexpr (kAdd)                                               \
-        QBITS_WGMMA(shape, "bf16", "1", names, inputs, __VA_ARGS__);       \
-    else                                                                   \
+#define QBITS_WGMMA_TYPES(shape, names, inputs, ...)                 \
+    if constexpr (std::is_same_v<T, float16> && kAdd)                \
+        QBITS_WGMMA(shape, "f16", "1", names, inputs, __VA_ARGS__);  \
+    else if constexpr (std::is_same_v<T, float16>)                   \
+        QBITS_WGMMA(shape, "f16", "0", names, inputs, __VA_ARGS__);  \
+    else if constexpr (kAdd)                                         \
+        QBITS_WGMMA(shape, "bf16", "1", names, inputs, __VA_ARGS__); \
+    else                                                             \
         QBITS_WGMMA(shape, "bf16", "0", names, inputs, __VA_ARGS__)
 
 /// acc[64 rows, kTokens] += a[64 rows, 16] b[kTokens, 16]^T, without kAdd = in place of +=; kTokens / 2
@@ -351,15 +352,15 @@ __device__ __forceinline__ void wgmma_k16(float (&acc)[kTokens / 2], const uint3
     }
 }
 
-#define QBITS_WGMMA_SHARED(shape, type, names, a_name, b_name, ...)                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a_name ", " b_name \
-                 ", 1, 1, 1, 0, 0;"                                                                              \
-                 : __VA_ARGS__                                                                                   \
+#define QBITS_WGMMA_SHARED(shape, type, names, a_name, b_name, ...)                                  \
+    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a_name \
+                 ", " b_name ", 1, 1, 1, 0, 0;"                                                      \
+                 : __VA_ARGS__                                                                       \
                  : "l"(a), "l"(b))
-#define QBITS_WGMMA_SHARED_TYPES(shape, names, a_name, b_name, ...)                \
-    if constexpr (std::is_same_v<T, float16>)                                      \
-        QBITS_WGMMA_SHARED(shape, "f16", names, a_name, b_name, __VA_ARGS__);      \
-    else                                                                           \
+#define QBITS_WGMMA_SHARED_TYPES(shape, names, a_name, b_name, ...)           \
+    if constexpr (std::is_same_v<T, float16>)                                 \
+        QBITS_WGMMA_SHARED(shape, "f16", names, a_name, b_name, __VA_ARGS__); \
+    else                                                                      \
         QBITS_WGMMA_SHARED(shape, "bf16", names, a_name, b_name, __VA_ARGS__)
 
 /// acc[64 rows, kTokens] += a[64 rows, 16] b[kTokens, 16]^T, both operands by descriptors.
@@ -372,8 +373,8 @@ __device__ __forceinline__ void wgmma_k16_shared(float (&acc)[kTokens / 2], uint
                                  QBITS_ACC32(64));
     } else {
         static_assert(kTokens == 256, "wgmma is written out for 128, 192 and 256 tokens");
-        QBITS_WGMMA_SHARED_TYPES("m64n256k16", QBITS_NAMES128, "%128", "%129", QBITS_ACC32(0), QBITS_ACC32(32),
-                                 QBITS_ACC32(64), QBITS_ACC32(96));
+        QBITS_WGMMA_SHARED_TYPES("m64n256k16", QBITS_NAMES128, "%128", "%129", QBITS_ACC32(0),
+                                 QBITS_ACC32(32), QBITS_ACC32(64), QBITS_ACC32(96));
     }
 }
 #undef QBITS_WGMMA_SHARED
