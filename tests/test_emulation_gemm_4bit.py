@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pytest
 import reference
 from emulation.emulator import Emulator, build
-from emulation.kernels import STORAGE, Array, Kernels
+from emulation.kernels import MID_LAUNCHES, STORAGE, Array, Kernels
 from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES, Floats
 
-MODULES = ("gemm_4bit_skinny", "gemm_4bit_transposed")
+MODULES = ("gemm_4bit_skinny", "gemm_4bit_mid_sm90", "gemm_4bit_transposed")
 ALIGNMENT = 16
 CANARY_BYTES = 64
 RANDOM = np.random.default_rng(7)
@@ -51,6 +51,8 @@ class Case:
     threads: int = 256
     num_sms: int = 2
     offset: int = 0
+    rows_per_tile: int = 64
+    cluster: int = 1
 
 
 def widen(x: Array, dtype: str) -> Floats:
@@ -131,11 +133,16 @@ def check(kernels: Kernels, case: Case) -> None:
     x = normal(m * k, case.dtype)
     bias = None if case.bias is None else normal(n, case.bias)
     output = Guarded(m * n, STORAGE[case.dtype], case.offset)
-    kernels.gemm_4bit(
+    operands = (
         guarded(x, case.offset), case.dtype, guarded(weight.packed, case.offset), weight.stored_absmax,
-        case.shape, case.codebook, case.block_size, output.array, case.kernel, case.threads, case.num_sms,
-        bias, case.bias or "float32", **weight.nested,
+        case.shape, case.codebook, case.block_size, output.array, case.kernel,
     )  # fmt: skip
+    biases = (bias, case.bias or "float32")
+    if case.kernel in MID_LAUNCHES:
+        tiling = (case.rows_per_tile, case.cluster, case.num_sms)
+        kernels.gemm_4bit_mid(*operands, *tiling, *biases, **weight.nested)
+    else:
+        kernels.gemm_4bit(*operands, case.threads, case.num_sms, *biases, **weight.nested)
     wide = widen(x, case.dtype).reshape(m, k)
     wide_bias = None if bias is None else widen(bias, case.bias or "float32")
     arguments = (weight.absmax, (n, k), case.codebook, case.block_size)
@@ -229,3 +236,24 @@ def test_gemm_4bit_transposed_kernels_know_every_codebook_and_block_size(kernels
         for dtype in MMA_DTYPES if kernel == "mma" else DTYPES:
             case = Case(kernel, dtype, (5, 35, 160), codebook, block_size, nested, block_size == 128)
             check_transposed(kernels, case, 1)
+
+
+@pytest.mark.parametrize("dtype", MMA_DTYPES)
+@pytest.mark.parametrize("kernel", MID_LAUNCHES)
+def test_gemm_4bit_mid_kernels_are_right_for_every_shape(kernels, kernel, dtype):
+    tokens, rows = map(int, kernel.split("x"))
+    check(kernels, Case(kernel, dtype, (tokens, rows, 64), rows_per_tile=rows))
+    check(kernels, Case(kernel, dtype, (tokens - 3, rows + 33, 832), "fp4", rows_per_tile=rows, cluster=2))
+    check(kernels, Case(kernel, dtype, (tokens + 5, 50, 320), "af4", bias="float16", rows_per_tile=48))
+    # More tiles than CTAs, a number of stages that no number of groups divides
+    check(kernels, Case(kernel, dtype, (9, 3 * rows - 30, 1472), bias="bfloat16", rows_per_tile=rows - 16))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kernel", MID_LAUNCHES)
+def test_gemm_4bit_mid_kernels_know_every_block_size(kernels, kernel, nested):
+    for block_size in BLOCK_SIZES_4BIT:
+        for k in (256, 320):
+            own_map = block_size == 128
+            case = Case(kernel, "bfloat16", (9, 40, k), "nf4", block_size, nested, own_map, "float32")
+            check(kernels, case)

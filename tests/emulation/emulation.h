@@ -26,7 +26,7 @@
 namespace emulation {
 
 struct Index {
-    unsigned x;
+    unsigned x, y;
 };
 Index thread_index();
 Index block_index();

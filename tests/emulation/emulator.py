@@ -50,7 +50,8 @@ def build(folder: Path, sanitize: bool, modules: Sequence[str] = QUANTIZERS) -> 
     """scheduler.so, and one library for each module with the kernels under their own names."""
     for source in [*CUDA.glob("*.cuh"), *(CUDA / f"{name}.cu" for name in modules)]:
         shutil.copy(source, folder)
-    shutil.copy(HERE / "ptx.cuh", folder)  # in place of the one with assembly
+    for name in ("ptx.cuh", "ptx_sm90.cuh"):
+        shutil.copy(HERE / name, folder)  # in place of the one with assembly
     flags = [*FLAGS, *(SANITIZER if sanitize else ()), f"-I{folder}", f"-I{HERE}"]
     flags += [f"-I{path}" for path in cuda_include_folders()]
     compiler = ["g++", *flags, "-include", "emulation.h", "-c", "-x", "c++"]
@@ -78,16 +79,25 @@ class Emulator:
         self._modules = {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in modules}
 
     def launch(
-        self, module: str, kernel: str, params: ctypes.Structure, grid: int, threads: int = 256
+        self,
+        module: str,
+        kernel: str,
+        params: ctypes.Structure,
+        grid: int | tuple[int, int],
+        threads: int = 256,
+        cluster: int = 1,
     ) -> None:
         """One launch, finished on return."""
+        grid_x, grid_y = grid if isinstance(grid, tuple) else (grid, 1)
         library = self._modules[module]
         known = self._scheduler.launch(
             ctypes.cast(library[kernel], ctypes.c_void_p),
             ctypes.cast(library.poison, ctypes.c_void_p),
             ctypes.byref(params),
             ctypes.sizeof(params),
-            ctypes.c_uint(grid),
+            ctypes.c_uint(grid_x),
+            ctypes.c_uint(grid_y),
             threads,
+            cluster,
         )
         assert known, f"no kernel takes {ctypes.sizeof(params)} bytes"

@@ -75,6 +75,42 @@ Gemm4bitTransposed = struct(
 )
 
 
+class TensorMap(ctypes.Structure):
+    """What stands in for a CUtensorMap: tests/emulation/ptx_sm90.cuh."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("sizes", c_int64 * 3),
+        ("strides", c_int64 * 3),
+        ("box", c_int32 * 3),
+        ("element_bytes", c_int32),
+        ("swizzle_bytes", c_int32),
+        ("unused", c_int32 * 13),
+    ]
+
+
+Gemm4bitMid = struct(
+    "Gemm4bitMid",
+    ("input", TensorMap),
+    ("packed", TensorMap),
+    *pointers("absmax", "absmax_scale", "absmax_offset", "absmax_codebook", "bias", "output"),
+    *((name, c_int32) for name in ("m", "n", "k", "block_shift", "codebook", "bias_dtype")),
+    *((name, c_int32) for name in ("weights_ready", "padding", "rows_per_tile")),
+    ("more_padding", c_int32 * 11),
+)
+# Of a kernel of cuda/gemm_4bit_mid_sm90.cu, as its head says: threads and columns of a stage.
+MID_LAUNCHES = {
+    "16x64": (640, 256),
+    "16x128": (640, 256),
+    "32x64": (640, 128),
+    "32x128": (640, 256),
+    "64x64": (512, 128),
+    "64x128": (640, 128),
+    "128x64": (384, 128),
+    "128x128": (384, 128),
+}
+
+
 def address(array: Array | None) -> int | None:
     """Where the elements are; null for None."""
     return None if array is None else array.ctypes.data
@@ -275,3 +311,48 @@ class Kernels:
         module, name = "gemm_4bit_transposed", f"gemm_4bit_transposed_{kernel}_{nested}{dtype}{tokens}"
         self._emulator.launch(module, name, params, ceil_div(k, 256) * num_splits)
         self._emulator.launch(module, f"gemm_4bit_transposed_sum_{dtype}", params, ceil_div(m * k, 256))
+
+    def gemm_4bit_mid(
+        self,
+        x: Array,
+        dtype: str,
+        packed: Array,
+        absmax: Array,
+        shape: tuple[int, int, int],
+        codebook: str,
+        block_size: int,
+        output: Array,
+        kernel: str,
+        rows_per_tile: int,
+        cluster: int = 1,
+        max_ctas: int = 132,
+        bias: Array | None = None,
+        bias_dtype: str = "float32",
+        absmax_scale: Array | None = None,
+        absmax_offset: Array | None = None,
+        absmax_codebook: Array | None = None,
+    ) -> None:
+        """Fills output by a kernel named `gemm_4bit_mid_{kernel}_..`, a key of MID_LAUNCHES."""
+        m, n, k = shape
+        tokens = int(kernel.split("x")[0])
+        threads, columns = MID_LAUNCHES[kernel]
+        if block_size == 32:
+            threads = 384 if kernel == "64x128" else threads
+            kernel += "_block32"
+        input_map = TensorMap(
+            address(x), (64, m, k // 64), (2, 2 * k, 128), (64, tokens, columns // 64), 2, 128
+        )
+        packed_map = TensorMap(
+            address(packed), (k // 2, n, 1), (1, k // 2, 0), (columns // 2, rows_per_tile, 1), 1, columns // 2
+        )
+        params = Gemm4bitMid(
+            input_map, packed_map, address(absmax), address(absmax_scale), address(absmax_offset),
+            address(absmax_codebook), address(bias), address(output), m, n, k, block_size.bit_length() - 1,
+            CODEBOOKS.index(codebook), DTYPES.index(bias_dtype), m % 2, 0, rows_per_tile,
+        )  # fmt: skip
+        tiles = ceil_div(n, rows_per_tile)
+        ctas = cluster * tiles if cluster > 1 else min(tiles, max_ctas)
+        grid = (ctas, ceil_div(m, tokens))
+        self._emulator.launch(
+            "gemm_4bit_mid_sm90", f"gemm_4bit_mid_{kernel}_{dtype}", params, grid, threads, cluster
+        )
