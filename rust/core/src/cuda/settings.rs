@@ -20,7 +20,8 @@ pub enum Family {
 }
 
 impl Family {
-    const ALL: [Self; 5] = [Self::SkinnySm90, Self::Skinny, Self::Mid, Self::Large, Self::Simt];
+    /// Every family.
+    pub const ALL: [Self; 5] = [Self::SkinnySm90, Self::Skinny, Self::Mid, Self::Large, Self::Simt];
 
     /// As `QBITS_FORCE_FAMILY` and printed plans have it.
     pub fn name(self) -> &'static str {

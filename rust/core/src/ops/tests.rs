@@ -2,7 +2,7 @@
 
 use crate::backend::{Backend, Cuda, OPS};
 use crate::cuda::recorder::{Machine, Recorder};
-use crate::cuda::{Stream, images, param_bytes};
+use crate::cuda::{Family, Stream, images, param_bytes};
 use crate::spec::{Bind, Role, Value};
 use crate::tensor::{Device, Dtype, Tensor};
 use std::collections::BTreeSet;
@@ -109,12 +109,15 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
         let many = [[17, 64], [33, 64], [65, 64], [129, 64]];
         let small = [&short[..], &boxes, &many].concat().into_iter().map(|[m, k]| [m, 100, k]);
         let tall = [1, 5, 9, 17, 33, 65, 129, 300].map(|m| [m, 9000, 64]);
-        for sizes @ [_, rows, k] in small.chain(tall).chain([[200, 8000, 64]]) {
+        let planned = small.chain(tall).chain([[200, 8000, 64]]).map(|sizes| (sizes, None));
+        for (sizes @ [_, rows, k], forced) in planned.chain([([100, 9000, 64], Some(Family::Large))]) {
             if rows > 100 && name != "gemm_4bit" {
                 continue;
             }
             for call in calls(op, 100 * k, sizes) {
-                let recorder = Recorder::install(Machine::h200());
+                let mut machine = Machine::h200();
+                machine.settings.force_family = forced;
+                let recorder = Recorder::install(machine);
                 // SAFETY: the recorder stands in for the driver: no address is read.
                 let result = unsafe { (op.run)(&call, &Backend::Cuda(cuda())) };
                 result.unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -13,7 +13,7 @@ pub(super) struct LargeParams {
     packed: TensorMap,
     output: TensorMap,
     operands: Gemm4bitOperands,
-    num_row_groups: i32,
+    num_row_tiles: i32,
     num_token_tiles: i32,
     raster_tokens: i32,
     output_by_tma: i32,
@@ -21,8 +21,8 @@ pub(super) struct LargeParams {
 // SAFETY: repr(C), field by field the struct of cuda/gemm_4bit_large.cuh; `param_bytes` is compared at load.
 unsafe impl Params for LargeParams {}
 
-/// Threads of every kernel.
-const THREADS: u32 = 384;
+/// Shared memory of every kernel.
+const SHARED_BYTES: u32 = 230_656;
 /// Rows of the weight in a tile.
 const TILE_ROWS: u64 = 128;
 /// Tiles of the input that are walked together before the rows of the weight move on.
@@ -33,65 +33,57 @@ struct Variant {
     family: &'static str,
     /// Rows of the input in a tile.
     tokens: u64,
-    /// Tiles of the weight that share their input.
-    cluster: u64,
     /// Parts of K whose sums are added.
     parts: u64,
-    shared_bytes: u32,
+    threads: u32,
 }
 
-const BLOCK32: Variant = Variant {
-    family: "gemm_4bit_large_256c2k1_unit32",
-    tokens: 256,
-    cluster: 2,
-    parts: 1,
-    shared_bytes: 230_656,
-};
-const LARGE: Variant = Variant { family: "gemm_4bit_large_256c2k1", ..BLOCK32 };
-const MIDDLING: Variant = Variant { family: "gemm_4bit_large_192c2k1", tokens: 192, ..LARGE };
-const SPLIT: Variant = Variant { family: "gemm_4bit_large_256c1k2", cluster: 1, parts: 2, ..LARGE };
-const SMALL_SPLIT: Variant =
-    Variant { family: "gemm_4bit_large_128c1k2", tokens: 128, shared_bytes: 214_272, ..SPLIT };
+const WIDE: Variant = Variant { family: "gemm_4bit_large_256k1", tokens: 256, parts: 1, threads: 384 };
+const WIDE_SPLIT: Variant = Variant { family: "gemm_4bit_large_256k2", parts: 2, ..WIDE };
+const WIDE_BLOCK32: Variant = Variant { family: "gemm_4bit_large_256k1_unit32", ..WIDE };
+const NARROW: Variant = Variant { family: "gemm_4bit_large_128k1", tokens: 128, parts: 1, threads: 512 };
+const NARROW_SPLIT: Variant = Variant { family: "gemm_4bit_large_128k2", parts: 2, ..NARROW };
+const NARROW_BLOCK32: Variant = Variant { family: "gemm_4bit_large_128k2_unit32", ..NARROW_SPLIT };
 
 /// Whether these kernels take the problem.
 pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
     let tiles = (problem.n as u64).div_ceil(TILE_ROWS).saturating_mul((problem.m as u64).div_ceil(128));
-    wgmma::fits(problem, limits) && i32::try_from(tiles).is_ok()
+    let scales = problem.n.saturating_mul(problem.k) / 32;
+    wgmma::fits(problem, limits) && i32::try_from(tiles).is_ok() && i32::try_from(scales).is_ok()
 }
 
 impl Variant {
+    /// K is divided where the device holds all parts at once; at 8192 x 8192 and 256 rows an H200 takes 63 us so, else 108.
     fn of(op: &Gemm4bit, limits: &Limits) -> Self {
         let num_tiles = |tokens| (op.N as u64).div_ceil(TILE_ROWS) * (op.num_rows() as u64).div_ceil(tokens);
-        let fills_with = |split: &Self| num_tiles(split.tokens) * split.parts <= u64::from(limits.num_sms);
+        let holds = |split: &Self| num_tiles(split.tokens) * split.parts <= u64::from(limits.num_sms);
         match op.block_size {
-            32 => BLOCK32,
-            _ if fills_with(&SMALL_SPLIT) => SMALL_SPLIT,
-            _ if fills_with(&SPLIT) => SPLIT,
-            _ if op.num_rows() <= 192 => MIDDLING,
-            _ => LARGE,
+            32 if holds(&NARROW_BLOCK32) => NARROW_BLOCK32,
+            32 => WIDE_BLOCK32,
+            _ if holds(&NARROW_SPLIT) => NARROW_SPLIT,
+            _ if op.num_rows() <= 128 => NARROW,
+            _ if holds(&WIDE_SPLIT) => WIDE_SPLIT,
+            _ => WIDE,
         }
     }
 }
 
-/// Persistent clusters that walk over the tiles; few tiles have their columns divided instead.
+/// Persistent blocks that walk over the tiles; few tiles have their columns divided instead.
 pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> Result<(Launch, LargeParams)> {
     let variant = Variant::of(op, limits);
-    let num_row_groups = (op.N as u64).div_ceil(TILE_ROWS * variant.cluster);
+    let num_row_tiles = (op.N as u64).div_ceil(TILE_ROWS);
     let num_token_tiles = (op.num_rows() as u64).div_ceil(variant.tokens);
-    let num_tiles = num_row_groups * num_token_tiles;
-    let num_clusters = match variant.parts {
-        1 => num_tiles.min(u64::from(limits.num_sms) / variant.cluster),
-        _ => num_tiles,
-    };
-    let cluster = variant.cluster * variant.parts;
+    let num_tiles = num_row_tiles * num_token_tiles;
+    let grid =
+        if variant.parts == 1 { num_tiles.min(limits.num_sms.into()) } else { num_tiles * variant.parts };
     let symbol = Symbol { family: variant.family, dtype: Some(op.input.dtype), codebook: "", number: 0 };
     let launch = Launch {
-        shared_bytes: variant.shared_bytes,
-        cluster: cluster as u32,
+        shared_bytes: SHARED_BYTES,
+        cluster: variant.parts as u32,
         dependent: weights_are_ready,
-        ..Launch::new(symbol, num_clusters * cluster, THREADS)
+        ..Launch::new(symbol, grid, variant.threads)
     };
-    let input = wgmma::input_map(op, (variant.tokens / variant.cluster) as u32, 1);
+    let input = wgmma::input_map(op, variant.tokens as u32, 1);
     let packed = wgmma::packed_map(op, 32, 64);
     let output = Tiled {
         data: op.output.data,
@@ -107,7 +99,7 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
         packed: packed.encode("gemm_4bit")?,
         output: if output_by_tma { output.encode("gemm_4bit")? } else { TensorMap::default() },
         operands: Gemm4bitOperands::new(op, weights_are_ready),
-        num_row_groups: num_row_groups as i32,
+        num_row_tiles: num_row_tiles as i32,
         num_token_tiles: num_token_tiles as i32,
         raster_tokens: num_token_tiles.min(RASTER_TOKENS) as i32,
         output_by_tma: output_by_tma.into(),
@@ -127,11 +119,13 @@ mod tests {
     fn plans_are_those_of_the_launch_table() {
         let _recorder = Recorder::install(Machine::h200());
         for (m, n, k, block_size, expected) in [
-            (256, 4096, 4096, 64, "128c1k2_bfloat16<<<128, 384, 214272, cluster 2>>>"),
-            (256, 8192, 8192, 64, "256c1k2_bfloat16<<<128, 384, 230656, cluster 2>>>"),
-            (192, 14336, 4096, 64, "192c2k1_bfloat16<<<112, 384, 230656, cluster 2>>>"),
-            (4096, 28672, 8192, 64, "256c2k1_bfloat16<<<132, 384, 230656, cluster 2>>>"),
-            (4096, 28672, 8192, 32, "256c2k1_unit32_bfloat16<<<132, 384, 230656, cluster 2>>>"),
+            (256, 4096, 4096, 64, "128k2_bfloat16<<<128, 512, 230656, cluster 2>>>"),
+            (256, 8192, 8192, 64, "256k2_bfloat16<<<128, 384, 230656, cluster 2>>>"),
+            (192, 14336, 4096, 64, "256k1_bfloat16<<<112, 384, 230656>>>"),
+            (100, 14336, 4096, 64, "128k1_bfloat16<<<112, 512, 230656>>>"),
+            (4096, 28672, 8192, 64, "256k1_bfloat16<<<132, 384, 230656>>>"),
+            (256, 4096, 4096, 32, "128k2_unit32_bfloat16<<<128, 512, 230656, cluster 2>>>"),
+            (4096, 28672, 8192, 32, "256k1_unit32_bfloat16<<<132, 384, 230656>>>"),
         ] {
             let op = product(m, n, k, block_size, false);
             assert!(fits(&op.problem(), &H200), "{expected}");

@@ -71,27 +71,42 @@ pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
     wgmma::fits(problem, limits) && problem.m <= 128 * i64::from(MAX_GRID_Y)
 }
 
-/// A tile of few rows where all fit the device at once; K divided within clusters of two where half of it would idle.
+/// Small tiles where few would idle a part of the device, and K divided within clusters of two where half of it would;
+/// the choices are measured on an H200. Where tiles are many, as many blocks as share them evenly take several each.
 pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> Result<(Launch, MidParams)> {
     let (m, n, num_sms) = (op.num_rows() as u64, op.N as u64, u64::from(limits.num_sms));
-    let num_tiles = n.div_ceil(64);
-    let rows = if num_tiles <= num_sms { 64 } else { 128 };
-    let cluster = if num_tiles <= num_sms / 2 { 2 } else { 1 };
-    let variants = if op.block_size == 32 { &VARIANTS_BLOCK32 } else { &VARIANTS };
-    let of_rows = || variants.iter().filter(|variant| variant.rows == rows);
-    let variant = of_rows().find(|variant| m <= variant.tokens).or_else(|| of_rows().next_back());
-    let variant = variant.unwrap_or_else(|| unreachable!("variants of {rows} rows"));
-    let rows_per_tile = match rows {
-        64 => 64,
-        _ => n.div_ceil(16 * n.div_ceil(128 * num_sms) * num_sms) * 16,
+    let tokens = [16, 32, 64].into_iter().find(|tokens| m <= *tokens).unwrap_or(128);
+    let num_small = n.div_ceil(64);
+    let rows = match num_small {
+        _ if num_small <= num_sms / 2 => 64,
+        _ if num_small <= num_sms => {
+            if tokens == 128 {
+                128
+            } else {
+                64
+            }
+        }
+        _ if tokens == 64 && num_small > 2 * num_sms => 64,
+        _ => 128,
     };
+    let is_split = num_small <= num_sms / 2 || tokens == 128 && num_small <= num_sms;
+    let cluster = if is_split { 2 } else { 1 };
+    let variants = if op.block_size == 32 { &VARIANTS_BLOCK32 } else { &VARIANTS };
+    let variant = variants.iter().find(|variant| (variant.tokens, variant.rows) == (tokens, rows));
+    let variant = variant.unwrap_or_else(|| unreachable!("a variant of {tokens} x {rows}"));
+    let rows_per_tile = match rows {
+        128 if !is_split => n.div_ceil(16 * n.div_ceil(128 * num_sms) * num_sms) * 16,
+        _ => rows,
+    };
+    let num_tiles = n.div_ceil(rows_per_tile);
+    let grid = if is_split { 2 * num_tiles } else { num_tiles.div_ceil(num_tiles.div_ceil(num_sms)) };
     let symbol = Symbol { family: variant.family, dtype: Some(op.input.dtype), codebook: "", number: 0 };
     let launch = Launch {
         grid_y: m.div_ceil(variant.tokens) as u32,
         shared_bytes: variant.shared_bytes,
         cluster,
         dependent: weights_are_ready,
-        ..Launch::new(symbol, n.div_ceil(rows_per_tile) * u64::from(cluster), variant.threads)
+        ..Launch::new(symbol, grid, variant.threads)
     };
     let input = wgmma::input_map(op, variant.tokens as u32, variant.stage_columns / 64);
     let packed = wgmma::packed_map(op, rows_per_tile as u32, variant.stage_columns / 2);
@@ -118,8 +133,10 @@ mod tests {
             (16, 4096, 4096, 64, "16x64_bfloat16<<<128, 640, 206336, cluster 2>>>", 64),
             (17, 8192, 8192, 64, "32x64_bfloat16<<<128, 640, 220672>>>", 64),
             (64, 14336, 4096, 64, "64x128_bfloat16<<<128, 640, 220672>>>", 112),
-            (128, 28672, 8192, 64, "128x128_bfloat16<<<256, 384, 193024>>>", 112),
-            (128, 28672, 8192, 32, "128x128_block32_bfloat16<<<256, 384, 196096>>>", 112),
+            (64, 28672, 8192, 64, "64x64_bfloat16<<<112, 512, 193024>>>", 64),
+            (128, 8192, 8192, 64, "128x128_bfloat16<<<128, 384, 193024, cluster 2>>>", 128),
+            (128, 28672, 8192, 64, "128x128_bfloat16<<<128, 384, 193024>>>", 112),
+            (128, 28672, 8192, 32, "128x128_block32_bfloat16<<<128, 384, 196096>>>", 112),
             (300, 100, 64, 4096, "128x64_bfloat16<<<4 x 3, 384, 216576, cluster 2>>>", 64),
         ] {
             let op = product(m, n, k, block_size, false);
