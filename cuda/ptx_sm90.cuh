@@ -67,16 +67,6 @@ __device__ __forceinline__ uint4 load_remote_16(uint32_t address, int rank) {
         : "memory");
     return v;
 }
-/// Sixteen bytes from global memory, past L1; complete behind copy_async_wait, for this thread.
-__device__ __forceinline__ void copy_async_16(uint32_t address, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Until at most the last kPending groups are under way.
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 /// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4
 /// of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
@@ -227,16 +217,6 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t src, in
         "r"(column), "r"(row), "r"(src)
         : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-/// From this CTA's shared memory to the same place in that of CTA `rank`, whose barrier gets the bytes.
-__device__ __forceinline__ void copy_to_rank(uint32_t address, int num_bytes, uint32_t barrier, int rank) {
-    asm volatile(
-        "{ .reg .b32 to, remote; mapa.shared::cluster.u32 to, %0, %3; mapa.shared::cluster.u32 remote, %2, "
-        "%3; "
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, [remote]; "
-        "}" ::"r"(address),
-        "r"(num_bytes), "r"(barrier), "r"(rank)
-        : "memory");
 }
 /// Until the stores of this thread have read their shared memory, or are done.
 __device__ __forceinline__ void tma_store_wait_read() {
