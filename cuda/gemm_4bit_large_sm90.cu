@@ -14,13 +14,15 @@
 //     choice   k2 where 2 * tiles <= num_sms (128k2 before 256k2 if its tiles fit), else 256k1; 128k1 never won
 //     grid     parts == 1: min(tiles, num_sms); parts == 2: 2 * tiles, which must be at most num_sms
 //
-// Measured on an H200, us, NF4, block 64, bfloat16, cold weights, dependent launches, interleaved with cuBLAS on a
-// dequantized weight (in brackets). From 1024 tokens on power limits both:
+// Measured on an H200, us, NF4, block 64, bfloat16, cold weights, dependent launches, one run, interleaved with cuBLAS
+// on a dequantized weight (in brackets). From 1024 tokens on power limits both.
 //     n x k          4096 x 4096    14336 x 4096   8192 x 8192    28672 x 8192
-//     m = 256        25.5 (16)      56.3 (44)      57.9 (48)      214 (178)
-//     m = 512        32.7 (24)      108 (88)       114 (89)       432 (305)
-//     m = 1024       55.6 (44)      218 (153)      218 (172)      759 (605)
-// Dequantizing first costs 8, 29, 33 and 115 us: that path is faster from 1024 tokens on, level at 512.
+//     m = 256        25.5 (15.8)    60.4 (44.9)    62.9 (50.1)    229 (187)
+//     m = 512        34.7 (24.5)    112 (90)       125 (99)       456 (314)
+//     m = 1024       60.4 (48.2)    230 (157)      233 (185)      789 (634)
+//     m = 4096       255 (204)      881 (696)      990 (801)      3450 (2725)
+// Dequantizing first costs 33 us at 8192 x 8192, so by the number of weights about 8, 29 and 115 at the others: that
+// path is faster from 1024 tokens on, about level at 512.
 #include "gemm_4bit_large.cuh"
 
 #define GEMM_4BIT_LARGE(name, T, ...)                                                                   \
