@@ -29,14 +29,15 @@ struct Shape {
     static constexpr int kConsumers = 128 * kWarpgroups;  // threads
     static constexpr int kThreads = kConsumers + 128;     // a warp copies, kScaleWarps bring scales
     static constexpr int kScaleWarps = 2;
-    static constexpr int kAhead = kTiles > 1 ? 0 : 1;  // panels of scales
+    static constexpr int kAhead = kTiles == 1 ? 2 : kTokens == 16 && kUnit == 64;  // panels of scales
     // ptxas gives all threads what fits a quarter of the SM's registers with the warps that share it; 4 and 1
     // warpgroups, 96 each, or 2 and 1, 168 each. Raising and lowering must keep the sum.
-    static constexpr bool kMovesRegisters = true;
+    static constexpr bool kMovesRegisters = kTokens > 16 || kUnit == 32;
     static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : kWarpgroups == 3 ? 144 : 104;
     static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : kWarpgroups == 3 ? 80 : 64;
     // Two sets of sums for 128 tokens: while one is added the other is multiplied.
-    static constexpr bool kIsLean = (kTokens == 64 && kWarpgroups == 4) || kUnit == 32;  // of registers
+    static constexpr bool kIsLean =
+        (kTokens == 64 && kWarpgroups == 4) || kUnit == 32 || kTokens == 16;  // of registers
     static constexpr int kHalves = kTokens == 128 ? 2 : 1, kSums = kTokens / 2 / kHalves;
     // While wgmma works on a block the next one is decoded, where registers suffice for two fragments.
     static constexpr bool kOverlaps = kTokens == 64 ? kWarpgroups < 4 : kTokens != 32 || kUnit == 64;
@@ -177,6 +178,8 @@ __device__ __forceinline__ void bring_scales(const Gemm4bitMidParams& p, const P
             }
             if constexpr (S::kAhead == 0) {
                 load(v, panel + S::kPanelStages);
+                scales.prefetch(row + lane_row, kStep,
+                                (panel + 2 * S::kPanelStages) * S::kStageUnits + 4 * half);
             } else {
                 #pragma unroll
                 for (int j = 0; j < kPasses; ++j) {

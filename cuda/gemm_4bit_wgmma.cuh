@@ -199,6 +199,16 @@ class RowScales {
             }
         }
     }
+    /// Brings what `load` will want into L2.
+    __device__ __forceinline__ void prefetch(int row, int step, int unit) const {
+        if (unit >= num_units_) return;
+        #pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if (row + i * step >= o_.n) break;
+            const int64_t block = (int64_t(row + i * step) * num_units_ + unit) >> shift_;
+            prefetch_l2(static_cast<const char*>(o_.absmax) + (o_.absmax_scale ? block : 4 * block));
+        }
+    }
     /// What `load` has brought becomes the bits of four floats.
     __device__ __forceinline__ void decode(uint4 (&v)[kRows]) const {
         if (form_ == kHalves) {
