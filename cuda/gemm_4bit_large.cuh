@@ -263,8 +263,7 @@ __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uin
                     }
                     build_table<T, Codebook>(
                         table, S::kDecoders == 1 && sub == 0 ? scale[kNum / 2] : first_of(next_scale));
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(base + S::kFull + 8 * ring.slot);
+                    barrier_arrive(base + S::kFull + 8 * ring.slot);  // each lane answers for its own writes
                 }
                 --requested;
                 ring.advance();
@@ -335,9 +334,8 @@ __device__ __forceinline__ void add_parts(float (&share)[S::kShare / 2], const f
         store_shared_16(base + (i * S::kConsumers + threadIdx.x) * 16,
                         make_uint4(__float_as_uint(acc[4 * i]), __float_as_uint(acc[4 * i + 1]),
                                    __float_as_uint(acc[4 * i + 2]), __float_as_uint(acc[4 * i + 3])));
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    if (lane < S::kParts) barrier_arrive_cluster(base + S::kSums, lane);
+    #pragma unroll
+    for (int to = 0; to < S::kParts; ++to) barrier_arrive_cluster(base + S::kSums, to);
     barrier_wait_cluster(base + S::kSums, 0);
     #pragma unroll
     for (int i = 0; i < S::kShare / 2; ++i) share[i] = 0.0f;
@@ -418,10 +416,10 @@ __device__ __forceinline__ void gemm_4bit_large(const Gemm4bitLargeParams& p) {
     const uint32_t base = shared_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::kStages; ++i) {
-            barrier_init(base + S::kFull + 8 * i, 1 + 4);  // the input, four decoding warps
+            barrier_init(base + S::kFull + 8 * i, 1 + 128);  // the input, four decoding warps
             barrier_init(base + S::kEmpty + 8 * i, S::kConsumers / 32);
         }
-        barrier_init(base + S::kSums, S::kParts * S::kConsumers / 32);
+        barrier_init(base + S::kSums, S::kParts * S::kConsumers);
         for (int i = 0; i < 8 * S::kDecoders; ++i) barrier_init(base + S::kPairs + 8 * i, 1);
         fence_barrier_init();
     }
