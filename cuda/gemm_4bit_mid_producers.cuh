@@ -155,6 +155,7 @@ __device__ __forceinline__ void bring_scales(const Gemm4bitMidParams& p, const P
         load(v, part.begin);
         #pragma unroll
         for (int i = 0; i < S::kAhead; ++i) load(ahead[i], part.begin + (i + 1) * S::kPanelStages);
+        __syncwarp();  // the loads above part lanes, and a barrier wants whole warps
         if (row == first_row(p)) named_barrier(kReady, S::kThreads);
         for (int panel = part.begin; panel < part.end; panel += S::kPanelStages) {
             scales.decode(v);
