@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <type_traits>
 #include "ptx.cuh"
 
 using bfloat16 = __nv_bfloat16;
@@ -68,6 +69,18 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8], float16) {
 template <typename T>
 __device__ __forceinline__ uint4 pack(const float (&x)[kPerVector<T>]) {
     return pack(x, T());
+}
+
+/// Two values rounded to T, `low` in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    if constexpr (std::is_same_v<T, float16>) {
+        const __half2 v = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    } else {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
 }
 
 /// The vector at `data + first`, elements from n on read as +0. kFull promises alignment and first +

@@ -45,6 +45,12 @@ constexpr float kFactor<float16, Af4> = 1.7665435f;
 template <typename T>
 constexpr float kFactor<T, Fp4> = 12.0f;  // exact in both types
 
+/// One over the factor of a codebook.
+template <typename T>
+__device__ __forceinline__ float inverse_factor(int codebook) {
+    return with_codebook(codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+}
+
 /// Absmax of blocks in two steps, so that the memory latency of the first can be hidden. Elements are counted
 /// from `first_element`, in the type that the caller counts in.
 template <bool kNested>
@@ -110,8 +116,8 @@ class BlockScales {
 };
 
 /// bias[row] as float32, 0 without a bias.
-template <typename Params>
-__device__ __forceinline__ float load_bias(const Params& p, int64_t row) {
+template <typename Params, typename Row>
+__device__ __forceinline__ float load_bias(const Params& p, Row row) {
     if (p.bias == nullptr) return 0.0f;
     if (p.bias_dtype == 0) return static_cast<const float*>(p.bias)[row];
     if (p.bias_dtype == 1) return float(static_cast<const float16*>(p.bias)[row]);

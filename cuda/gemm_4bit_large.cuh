@@ -15,8 +15,9 @@ struct Gemm4bitLargeParams {
     Gemm4bitOperands o;
     int32_t num_row_tiles;    // ceil_div(n, 128)
     int32_t num_token_tiles;  // ceil_div(m, kTokens)
-    int32_t raster_tokens;    // token tiles that are walked together before the rows move on; at most num_token_tiles
-    int32_t output_by_tma;    // rows of the output begin on 16 bytes
+    int32_t
+        raster_tokens;  // token tiles that are walked together before the rows move on; at most num_token_tiles
+    int32_t output_by_tma;  // rows of the output begin on 16 bytes
 };
 static_assert(sizeof(Gemm4bitLargeParams) == 512, "keep in step with the Rust mirror");
 
@@ -50,7 +51,8 @@ struct Shape {
     static_assert(kTokens % (16 * kParts) == 0, "shares are whole matrices");
     static_assert(kStages >= 3, "two stages to multiply while one is filled");
     static_assert(kParts == 1 || kTokens * kRows * 4 <= kStaging, "the sums of the parts fit the ring");
-    static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 1024 == 0, "swizzles repeat on absolute addresses");
+    static_assert(kStageBytes % 1024 == 0 && kStagingBytes % 1024 == 0,
+                  "swizzles repeat on absolute addresses");
 };
 
 /// One output tile and this CTA's part of K.
@@ -95,8 +97,8 @@ class Walk {
 
 /// Requests the input of a stage.
 template <typename S>
-__device__ __forceinline__ void load_input(const Gemm4bitLargeParams& p, uint32_t base, const Tile& t, int block,
-                                           int slot) {
+__device__ __forceinline__ void load_input(const Gemm4bitLargeParams& p, uint32_t base, const Tile& t,
+                                           int block, int slot) {
     const uint32_t full = base + S::kFull + 8 * slot;
     barrier_expect(full, S::kInputBytes);
     tma_load(base + slot * S::kStageBytes, &p.input, 0, t.token, block, full);
@@ -146,7 +148,8 @@ class ScaleStream {
  public:
     static constexpr int kNum = 128 / S::kUnit;  // scales of two blocks
 
-    __device__ __forceinline__ ScaleStream(const Gemm4bitLargeParams& p, uint32_t map) : scales_(p.o, map), walk_(p) {
+    __device__ __forceinline__ ScaleStream(const Gemm4bitLargeParams& p, uint32_t map)
+        : scales_(p.o, map), walk_(p) {
         fetch();
     }
     /// Zero beyond K; anything behind the last tile.
@@ -186,7 +189,8 @@ class ScaleStream {
 /// warpgroups one decodes the even blocks, one the odd.
 template <typename T, typename S, typename Codebook>
 __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uint32_t base) {
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32, row = threadIdx.x % 128;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32,
+              row = threadIdx.x % 128;
     const uint32_t bit = opaque(0x44444444 + (p.o.k >> 31));  // two immediates would make two LOP3 of one
     const int decoder = __shfl_sync(~0u, (threadIdx.x - S::kConsumers) / 128, 0);
     const uint32_t pairs = base + S::kPairs + 16 * (4 * decoder + warp);
@@ -218,7 +222,9 @@ __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uin
     float scale[kNum], next_scale[kNum];
     scales.next(scale);
     scales.next(next_scale);
-    const auto first_of = [&](const float(&of)[kNum]) { return S::kDecoders == 2 && decoder ? of[kNum / 2] : of[0]; };
+    const auto first_of = [&](const float (&of)[kNum]) {
+        return S::kDecoders == 2 && decoder ? of[kNum / 2] : of[0];
+    };
     Table table;
     build_table<T, Codebook>(table, first_of(scale));
 
@@ -226,8 +232,9 @@ __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uin
     Ring<2> pair;
     int requested = S::kStages;  // stages whose input multiply requests
     const uint32_t row_at = base + S::kInputBytes + row * 128 + ((row & 7) << 4);
-    const uint32_t piece_at[4] = {codes_at + swizzled_offset<64>(lane, 0), codes_at + swizzled_offset<64>(lane, 1),
-                                  codes_at + swizzled_offset<64>(lane, 2), codes_at + swizzled_offset<64>(lane, 3)};
+    const uint32_t piece_at[4] = {
+        codes_at + swizzled_offset<64>(lane, 0), codes_at + swizzled_offset<64>(lane, 1),
+        codes_at + swizzled_offset<64>(lane, 2), codes_at + swizzled_offset<64>(lane, 3)};
     Tile t;
     for (Walk<S> decoded(p); decoded(t);) {
         for (int block = t.begin; block < t.end; block += 2) {
@@ -245,7 +252,12 @@ __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uin
                     uint4 v[8];
                     auto decode = [&](int i) {
                         const uint4& c = codes[2 * sub + i / 4];
-                        v[i] = decode_eight(table, i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w, bit);
+                        v[i] = decode_eight(table,
+                                            i % 4 == 0   ? c.x
+                                            : i % 4 == 1 ? c.y
+                                            : i % 4 == 2 ? c.z
+                                                         : c.w,
+                                            bit);
                     };
                     #pragma unroll
                     for (int i = 0; i < 4; ++i) decode(i);
@@ -308,7 +320,8 @@ __device__ __forceinline__ void store_tile(const Gemm4bitLargeParams& p, const f
     fence_async_proxy();
     named_barrier(barrier, 128);
     if (p.output_by_tma) {
-        if (thread == 0 && column < p.o.n && first_token < p.o.m) tma_store(&p.output, staging, column, first_token);
+        if (thread == 0 && column < p.o.n && first_token < p.o.m)
+            tma_store(&p.output, staging, column, first_token);
         return;
     }
     const int num_columns = min(64, p.o.n - column), num_tokens = min(kTokens, p.o.m - first_token);
@@ -316,7 +329,8 @@ __device__ __forceinline__ void store_tile(const Gemm4bitLargeParams& p, const f
         const int token = i / 64, c = i % 64;
         const uint32_t v = load_shared_2(staging + token * 128 + (((c / 8) ^ (token & 7)) << 4) + c % 8 * 2);
         if (c < num_columns)
-            static_cast<uint16_t*>(p.o.output)[int64_t(first_token + token) * p.o.n + column + c] = uint16_t(v);
+            static_cast<uint16_t*>(p.o.output)[int64_t(first_token + token) * p.o.n + column + c] =
+                uint16_t(v);
     }
     named_barrier(barrier, 128);
 }
@@ -343,8 +357,8 @@ __device__ __forceinline__ void add_parts(float (&share)[S::kShare / 2], const f
     for (int from = 0; from < S::kParts; ++from) {
         #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            const uint4 v = load_remote_16(base + ((part * kPieces + i) * S::kConsumers + threadIdx.x) * 16,
-                                           from);
+            const uint4 v =
+                load_remote_16(base + ((part * kPieces + i) * S::kConsumers + threadIdx.x) * 16, from);
             share[4 * i] += __uint_as_float(v.x), share[4 * i + 1] += __uint_as_float(v.y);
             share[4 * i + 2] += __uint_as_float(v.z), share[4 * i + 3] += __uint_as_float(v.w);
         }
@@ -425,7 +439,8 @@ __device__ __forceinline__ void gemm_4bit_large(const Gemm4bitLargeParams& p) {
     }
     const bool is_decoder = threadIdx.x >= S::kConsumers;
     if (is_decoder && p.o.weights_ready)
-        RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers, 128 * S::kDecoders);
+        RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers,
+                                         128 * S::kDecoders);
     constexpr bool kIsCluster = S::kParts > 1;
     if constexpr (kIsCluster)
         cluster_sync();
@@ -438,10 +453,12 @@ __device__ __forceinline__ void gemm_4bit_large(const Gemm4bitLargeParams& p) {
     } else {
         if (!p.o.weights_ready) {
             dependency_wait();
-            RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers, 128 * S::kDecoders);
+            RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers,
+                                             128 * S::kDecoders);
             named_barrier(4, 128 * S::kDecoders);
         }
-        with_codebook(p.o.codebook, [&]<typename Codebook>(Codebook) { decode_weights<T, S, Codebook>(p, base); });
+        with_codebook(p.o.codebook,
+                      [&]<typename Codebook>(Codebook) { decode_weights<T, S, Codebook>(p, base); });
     }
     // No CTA may leave while a neighbour can still write into its shared memory or read from it.
     if constexpr (kIsCluster) cluster_sync();

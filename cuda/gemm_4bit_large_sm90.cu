@@ -25,17 +25,17 @@
 // path is faster from 1024 tokens on, about level at 512.
 #include "gemm_4bit_large.cuh"
 
-#define GEMM_4BIT_LARGE(name, T, ...)                                                                   \
-    extern "C" __global__ void __launch_bounds__(large::Shape<__VA_ARGS__>::kThreads, 1)                \
-        gemm_4bit_large_##name(const __grid_constant__ Gemm4bitLargeParams p) {                         \
-        gemm_4bit_large<T, large::Shape<__VA_ARGS__>>(p);                                               \
+#define GEMM_4BIT_LARGE(name, T, ...)                                                    \
+    extern "C" __global__ void __launch_bounds__(large::Shape<__VA_ARGS__>::kThreads, 1) \
+        gemm_4bit_large_##name(const __grid_constant__ Gemm4bitLargeParams p) {          \
+        gemm_4bit_large<T, large::Shape<__VA_ARGS__>>(p);                                \
     }
-#define GEMM_4BIT_LARGE_OF(T)                          \
-    GEMM_4BIT_LARGE(256k1_##T, T, 256, 1)              \
-    GEMM_4BIT_LARGE(256k2_##T, T, 256, 2)              \
-    GEMM_4BIT_LARGE(128k1_##T, T, 128, 1)              \
-    GEMM_4BIT_LARGE(128k2_##T, T, 128, 2)              \
-    GEMM_4BIT_LARGE(256k1_unit32_##T, T, 256, 1, 32)   \
+#define GEMM_4BIT_LARGE_OF(T)                        \
+    GEMM_4BIT_LARGE(256k1_##T, T, 256, 1)            \
+    GEMM_4BIT_LARGE(256k2_##T, T, 256, 2)            \
+    GEMM_4BIT_LARGE(128k1_##T, T, 128, 1)            \
+    GEMM_4BIT_LARGE(128k2_##T, T, 128, 2)            \
+    GEMM_4BIT_LARGE(256k1_unit32_##T, T, 256, 1, 32) \
     GEMM_4BIT_LARGE(128k2_unit32_##T, T, 128, 2, 32)
 GEMM_4BIT_LARGE_OF(bfloat16)
 GEMM_4BIT_LARGE_OF(float16)

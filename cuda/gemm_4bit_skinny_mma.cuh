@@ -56,8 +56,7 @@ __device__ __forceinline__ void multiply_chunk(float (&product)[kTokenTiles][4],
 template <typename T, int kTiles, int kTokens>
 __device__ __forceinline__ void store_sums(const Gemm4bitSkinnyParams& p, const float* areas,
                                            int64_t first_row, int num_rows, int64_t first_token) {
-    const float inverse_factor =
-        with_codebook(p.codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+    const float factor = inverse_factor<T>(p.codebook);
     const int num_warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < kTiles * 16 * kTokens; i += blockDim.x) {
         const int row = i % (kTiles * 16), token = i / (kTiles * 16);
@@ -66,7 +65,7 @@ __device__ __forceinline__ void store_sums(const Gemm4bitSkinnyParams& p, const 
         for (int warp = 0; warp < num_warps; ++warp)
             sum += areas[warp * (kTiles * 128) + row / 16 * 128 + token * 16 + row % 16];
         static_cast<T*>(p.output)[(first_token + token) * p.n + first_row + row] =
-            T(fmaf(sum, inverse_factor, load_bias(p, first_row + row)));
+            T(fmaf(sum, factor, load_bias(p, first_row + row)));
     }
 }
 

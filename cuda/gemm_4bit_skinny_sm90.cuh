@@ -48,8 +48,7 @@ template <typename T, typename S>
 __device__ __forceinline__ void store_tiles(const Gemm4bitSkinnyParams& p, const float* sums, uint32_t full,
                                             uint32_t empty, int64_t first_row, int num_tiles) {
     const int lane = threadIdx.x % 32;
-    const float inverse_factor =
-        with_codebook(p.codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
+    const float factor = inverse_factor<T>(p.codebook);
     uint32_t parity = 0;
     #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
@@ -63,8 +62,7 @@ __device__ __forceinline__ void store_tiles(const Gemm4bitSkinnyParams& p, const
             #pragma unroll
             for (int w = 0; w < S::kWarps; ++w) sum += from[w * (16 * S::kTokens)];
             if (row < p.n)
-                static_cast<T*>(p.output)[o / 16 * p.n + row] =
-                    T(fmaf(sum, inverse_factor, load_bias(p, row)));
+                static_cast<T*>(p.output)[o / 16 * p.n + row] = T(fmaf(sum, factor, load_bias(p, row)));
         }
         barrier_arrive(empty + 8 * buffer);
         parity ^= buffer;

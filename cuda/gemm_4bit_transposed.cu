@@ -65,15 +65,6 @@ __device__ __forceinline__ void fill_pair_table(int codebook, float2* table) {
     }
 }
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, bfloat16) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, float16) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
-
 /// What one lane brings for a step of 16 rows: 16 bytes of codes and a block scale of four rows, and the inputs of one
 /// token of each tile.
 template <bool kNested, int kTokenTiles>
@@ -160,8 +151,8 @@ __device__ __forceinline__ void gemm_4bit_transposed_mma(const Gemm4bitTranspose
                     const float2 pair = lane_table[(words[j / 4] >> 8 * (j % 4) & 255) * 16];
                     v[i] = make_float2(__fmul_rn(pair.x, scale[i]), __fmul_rn(pair.y, scale[i]));
                 }
-                const uint32_t weights[4] = {pack_pair(v[0].x, v[1].x, T()), pack_pair(v[0].y, v[1].y, T()),
-                                             pack_pair(v[2].x, v[3].x, T()), pack_pair(v[2].y, v[3].y, T())};
+                const uint32_t weights[4] = {pack_pair<T>(v[0].x, v[1].x), pack_pair<T>(v[0].y, v[1].y),
+                                             pack_pair<T>(v[2].x, v[3].x), pack_pair<T>(v[2].y, v[3].y)};
                 #pragma unroll
                 for (int i = 0; i < kTokenTiles; ++i)
                     mma_m16n8k16<std::is_same_v<T, bfloat16>>(sum[j][i], weights, here.input[i].x,

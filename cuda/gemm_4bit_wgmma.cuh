@@ -3,8 +3,7 @@
 // Decoded weights are the register operand of wgmma, rows of the weight its 64 rows, tokens its columns: the
 // kernels compute output^T. TMA, barriers and wgmma itself are in ptx_sm90.cuh.
 #pragma once
-#include "codebook.cuh"
-#include "dtype.cuh"
+#include "gemm_4bit.cuh"
 #include "ptx_sm90.cuh"
 
 /// Operands that need no tensor map; mirrored by `ops::gemm_4bit::Gemm4bitOperands`.
@@ -29,42 +28,6 @@ namespace wgmma {
 
 constexpr int kSmemStart = 1024;  // sm_90 places dynamic shared memory behind one KB of its own
 constexpr int kPairTableBytes = 256 * 256;
-
-/// Factor of a codebook's values before they are rounded to T. Chosen so that all 16 lie near representable
-/// values: for NF4 the rms error of a bfloat16 weight is 7.8e-4 instead of 1.36e-3 (1.65e-3 for rounding
-/// value * absmax), of a float16 weight 8.0e-5 instead of 1.8e-4 (search over [1, 2), codes weighted by their
-/// frequency in Gaussian blocks of 64). FP4 times 12 is exact.
-template <typename T, typename Codebook>
-constexpr float kFactor = 12.0f;
-template <>
-constexpr float kFactor<bfloat16, Nf4> = 1.4367135f;
-template <>
-constexpr float kFactor<float16, Nf4> = 1.3661925f;
-template <>
-constexpr float kFactor<bfloat16, Af4> = 1.7892965f;
-template <>
-constexpr float kFactor<float16, Af4> = 1.7665435f;
-
-/// Calls f with the codebook as a type.
-template <typename F>
-__device__ __forceinline__ auto with_codebook(int codebook, F&& f) {
-    if (codebook == 0) return f(Nf4());
-    if (codebook == 1) return f(Fp4());
-    return f(Af4());
-}
-
-/// Value of a code by selects on immediates: a table in memory would be one more latency at kernel start.
-template <typename Codebook, int kNum = 16, int kFirst = 0>
-__device__ __forceinline__ float select_value(uint32_t code) {
-    if constexpr (kNum == 1) {
-        constexpr uint32_t kBits = Codebook::kValueBits[kFirst];
-        return __uint_as_float(kBits);
-    } else {
-        const float low = select_value<Codebook, kNum / 2, kFirst>(code);
-        const float high = select_value<Codebook, kNum / 2, kFirst + kNum / 2>(code);
-        return code & (kNum / 2) ? high : low;
-    }
-}
 
 /// Fills the 256 rows of 256 bytes from `table` on: row b holds the pair of values of byte b, high nibble
 /// first, once for each lane at 4 lane, so that 32 lanes look up 32 bytes without a conflict. The values are
@@ -124,12 +87,6 @@ class QuadTranspose {
  private:
     uint32_t send_[2], first_[2], second_[kIsLean ? 1 : 2];
 };
-/// One over the factor in the table.
-template <typename T>
-__device__ __forceinline__ float inverse_factor(int codebook) {
-    return with_codebook(codebook, [&]<typename Codebook>(Codebook) { return 1.0f / kFactor<T, Codebook>; });
-}
-
 /// Four scales of each of kRows rows: those of the elements `unit * kUnit` .. , `unit` a multiple of 4; blocks of
 /// kUnit elements or more. Zero beyond the row's end and beyond the last row, so that what TMA fills with zeros is
 /// multiplied by zero. `load` and `decode` are apart, so that the latency between can be hidden.
@@ -247,14 +204,6 @@ class RowScales {
     float offset_;
     Form form_;
 };
-
-/// bias[row] as float32, 0 without a bias.
-__device__ __forceinline__ float load_bias(const Gemm4bitOperands& o, int row) {
-    if (o.bias == nullptr) return 0.0f;
-    if (o.bias_dtype == 0) return static_cast<const float*>(o.bias)[row];
-    if (o.bias_dtype == 1) return float(static_cast<const float16*>(o.bias)[row]);
-    return float(static_cast<const bfloat16*>(o.bias)[row]);
-}
 
 /// Position in a ring of stages; `parity` is that of the fill, a free slot has the other one.
 template <int kStages>

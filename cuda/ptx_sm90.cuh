@@ -370,14 +370,3 @@ __device__ __forceinline__ void wgmma_k16_shared(float (&acc)[kTokens / 2], uint
 #undef QBITS_NAMES128
 #undef QBITS_WGMMA
 #undef QBITS_WGMMA_TYPES
-
-/// Two values rounded to T, `low` in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t pair;
-    if constexpr (std::is_same_v<T, float16>)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}

@@ -199,7 +199,3 @@ void wgmma_k16(float (&acc)[kTokens / 2], const uint32_t* a, uint64_t b) {
     }
     __syncwarp();  // the lanes of a warp are done together
 }
-template <typename T>
-uint32_t pack_pair(float low, float high) {
-    return uint32_t(emulation::to_bits(T(low))) | uint32_t(emulation::to_bits(T(high))) << 16;
-}
