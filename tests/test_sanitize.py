@@ -77,7 +77,7 @@ def test_gemm_4bit_variants(dtype, codebook, nested):
             x = torch.randn(M, K, device="cuda").to(dtype_of(dtype))
             bias = torch.randn(N, device="cuda").to(dtype_of(dtype))
             statistics = (keywords.get("absmax_scale"), keywords.get("absmax_offset"), None)
-            # zeros, since initcheck does not see what a kernel writes by bulk copies
+            # zeros, since initcheck seems not to see what a kernel writes by bulk copies
             output = torch.zeros(M, N, device="cuda", dtype=x.dtype)
             done = _core.gemm_4bit(x, packed, absmax, N, K, codebook, block_size, bias, *statistics, output)
             # the core declines what torch's GEMM does faster, which is not what is examined here
