@@ -92,14 +92,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
-    asm volatile(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, "
-        "[remote]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-/// As above, and orders this thread's writes before the arrival for the whole cluster.
+/// At the barrier of the CTA of that rank; orders this thread's writes before the arrival for the whole cluster.
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier, int rank) {
     asm volatile(
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "

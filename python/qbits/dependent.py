@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from qbits import _core
 from qbits.errors import ArgumentTypeError, ArgumentValueError
@@ -56,7 +57,7 @@ class dependent_launch:
         for name, layer in self._model.named_modules():
             if not isinstance(layer, Linear4bit) or not layer.is_quantized:
                 continue
-            tensors = _weight_tensors(layer)
+            tensors = tuple(pytree.tree_leaves(layer.record()))  # in the order of the op's arguments
             if all(tensor.is_cuda and not tensor.is_inference() for tensor in tensors):
                 weights.append(tensors)
                 names[tensors[0].data_ptr()] = name
@@ -78,19 +79,6 @@ class dependent_launch:
         if written and error is None:
             rule = f"weights must stay as they are inside, got writes to {', '.join(written)}"
             raise ArgumentValueError(f"qbits::dependent_launch: {rule}")
-
-
-def _weight_tensors(layer: Linear4bit) -> tuple[torch.Tensor, ...]:
-    """The tensors of a weight in the order of the op's arguments."""
-    record = layer.record()
-    tensors: tuple[Any, ...] = (
-        record.packed,
-        record.absmax,
-        record.absmax_scale,
-        record.absmax_offset,
-        record.absmax_codebook,
-    )
-    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _order_earlier_work(device: torch.device) -> None:

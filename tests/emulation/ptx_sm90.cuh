@@ -86,10 +86,9 @@ inline void store_turned(uint32_t address, const uint32_t (&pairs)[4]) {
 inline void barrier_init(uint32_t barrier, int arrivals) { emulation::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
 inline void barrier_arrive(uint32_t barrier) { emulation::barrier_arrive(barrier, 0); }
-inline void barrier_arrive_remote(uint32_t barrier, int rank) {
+inline void barrier_arrive_cluster(uint32_t barrier, int rank) {
     emulation::barrier_arrive(at_rank(barrier, rank), 0);
 }
-inline void barrier_arrive_cluster(uint32_t barrier, int rank) { barrier_arrive_remote(barrier, rank); }
 inline void barrier_expect(uint32_t barrier, int num_bytes) { emulation::barrier_arrive(barrier, num_bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulation::barrier_wait(barrier, parity); }
 inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {

@@ -89,9 +89,7 @@ struct Range {
     since: (i32, i32),
     /// up to this one.
     until: (i32, i32),
-    /// Most elements of the weight,
-    most_weights: i64,
-    /// and most rows of the input.
+    /// Most rows of the input.
     most_rows: i64,
     family: Family,
 }
@@ -100,7 +98,7 @@ const HOPPER: (i32, i32) = (9, 0);
 const ANY_GPU: (i32, i32) = (i32::MAX, 0);
 
 const fn range(since: (i32, i32), until: (i32, i32), most_rows: i64, family: Family) -> Range {
-    Range { since, until, most_weights: i64::MAX, most_rows, family }
+    Range { since, until, most_rows, family }
 }
 
 /// The fastest family: the first line that holds and whose kernels can run. Where none does, decoding and the framework's
@@ -124,9 +122,7 @@ const MOST_FUSED_CPU_16BIT: i64 = 32;
 
 impl Range {
     fn holds(&self, problem: &Problem, limits: &Limits) -> bool {
-        (self.since..=self.until).contains(&limits.capability)
-            && problem.n.saturating_mul(problem.k) <= self.most_weights
-            && problem.m <= self.most_rows
+        (self.since..=self.until).contains(&limits.capability) && problem.m <= self.most_rows
     }
 }
 
