@@ -7,7 +7,13 @@ import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "cuda"
@@ -46,9 +52,9 @@ def compile_all(commands: Iterable[list[str]]) -> None:
             raise RuntimeError(f"{' '.join(command)}\n{errors}")
 
 
-def build(folder: Path, sanitize: bool, modules: Sequence[str] = QUANTIZERS) -> None:
+def build(folder: Path, sanitize: bool, modules: Sequence[str] = QUANTIZERS, sources: Path = CUDA) -> None:
     """scheduler.so, and one library for each module with the kernels under their own names."""
-    for source in [*CUDA.glob("*.cuh"), *(CUDA / f"{name}.cu" for name in modules)]:
+    for source in [*CUDA.glob("*.cuh"), *(sources / f"{name}.cu" for name in modules)]:
         shutil.copy(source, folder)
     for name in ("ptx.cuh", "ptx_sm90.cuh"):
         shutil.copy(HERE / name, folder)  # in place of the one with assembly
@@ -69,35 +75,73 @@ def build(folder: Path, sanitize: bool, modules: Sequence[str] = QUANTIZERS) -> 
     )
 
 
+class Range(ctypes.Structure):
+    """Memory of one array."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+class Call(ctypes.Structure):
+    """What the scheduler takes: hopper.h."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_void_p),
+        ("poison", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        *((name, ctypes.c_uint32) for name in ("params_bytes", "params_alignment", "grid_x", "grid_y")),
+        *((name, ctypes.c_uint32) for name in ("threads", "cluster", "shared_bytes")),
+        ("num_inputs", ctypes.c_int32),
+        ("num_outputs", ctypes.c_int32),
+        ("inputs", Range * 8),
+        ("outputs", Range * 2),
+    ]
+
+
+class EmulationError(AssertionError):
+    """A kernel waits for ever, leaves its shared memory, or breaks another rule of the machine."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched, as plans have it."""
+
+    module: str
+    kernel: str
+    grid: int | tuple[int, int]
+    threads: int = 256
+    cluster: int = 1
+    shared_bytes: int = 0
+    # Of a dependent launch: what earlier work writes until the kernel has waited for it, and may still read.
+    inputs: Sequence[Array] = ()
+    outputs: Sequence[Array] = ()
+
+
+def ranges(arrays: Sequence[Array], num: int) -> ctypes.Array[Range]:
+    """Their memory."""
+    return (Range * num)(*(Range(array.ctypes.data, array.nbytes) for array in arrays))
+
+
 class Emulator:
     """The compiled modules of one folder."""
 
     def __init__(self, folder: Path, modules: Sequence[str] = QUANTIZERS) -> None:
         # Modules find the scheduler of their own folder; a global one would serve all of them.
         self._scheduler = ctypes.CDLL(str(folder / "scheduler.so"))
-        self._scheduler.launch.restype = ctypes.c_bool
+        self._scheduler.run.restype = ctypes.c_char_p
         self._modules = {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in modules}
 
-    def launch(
-        self,
-        module: str,
-        kernel: str,
-        params: ctypes.Structure,
-        grid: int | tuple[int, int],
-        threads: int = 256,
-        cluster: int = 1,
-    ) -> None:
+    def launch(self, launch: Launch, params: ctypes.Structure) -> None:
         """One launch, finished on return."""
-        grid_x, grid_y = grid if isinstance(grid, tuple) else (grid, 1)
-        library = self._modules[module]
-        known = self._scheduler.launch(
-            ctypes.cast(library[kernel], ctypes.c_void_p),
+        grid_x, grid_y = launch.grid if isinstance(launch.grid, tuple) else (launch.grid, 1)
+        library = self._modules[launch.module]
+        call = Call(
+            ctypes.cast(library[launch.kernel], ctypes.c_void_p),
             ctypes.cast(library.poison, ctypes.c_void_p),
-            ctypes.byref(params),
-            ctypes.sizeof(params),
-            ctypes.c_uint(grid_x),
-            ctypes.c_uint(grid_y),
-            threads,
-            cluster,
-        )
-        assert known, f"no kernel takes {ctypes.sizeof(params)} bytes"
+            ctypes.addressof(params),
+            ctypes.sizeof(params), getattr(params, "alignment", 8), grid_x, grid_y, launch.threads,
+            launch.cluster, launch.shared_bytes, len(launch.inputs), len(launch.outputs),
+            ranges(launch.inputs, 8), ranges(launch.outputs, 2),
+        )  # fmt: skip
+        failure = self._scheduler.run(ctypes.byref(call))
+        if failure is not None:
+            raise EmulationError(f"{launch.kernel}: {failure.decode()}")

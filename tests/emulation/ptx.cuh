@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include "emulation.h"
+#include "hopper.h"
 
 template <typename V>
 V load_streaming(const V* p) {
@@ -18,35 +19,48 @@ template <typename T>
 void keep_in_register(T&) {}
 inline void prefetch_l2(const void*) {}
 
+/// Of the size that the launch says, behind the KB of the system.
 inline float* dynamic_shared() {
-    alignas(128) __shared__ float memory[66560 / 4];
-    return memory;
+    return reinterpret_cast<float*>(emulation::shared_at(emulation::cta_rank() << 24 | 1024, 0));
 }
 inline uint32_t shared_address(const void* p) {
-    return uint32_t(static_cast<const char*>(p) - reinterpret_cast<const char*>(dynamic_shared()));
+    const auto* const start = reinterpret_cast<const uint8_t*>(dynamic_shared());
+    return (emulation::cta_rank() << 24) + 1024 + uint32_t(static_cast<const uint8_t*>(p) - start);
 }
 inline uint32_t load_shared(uint32_t address) {
-    return reinterpret_cast<const uint32_t*>(dynamic_shared())[address / 4];
+    uint32_t v;
+    std::memcpy(&v, emulation::shared_at(address, sizeof v), sizeof v);
+    return v;
 }
 
-/// Lane (g, t) holds rows g and g + 8 of a and d, column g of b; columns 2 t and 2 t + 1 of d.
+/// Lane (g, t) holds rows g and g + 8 of a and d, column g of b; columns 2 t and 2 t + 1 of d. Lane 0 works for all.
 template <bool kBfloat16>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const auto value = [](uint64_t word, int half) {
-        const uint16_t bits = uint16_t(word >> 16 * half);
-        return kBfloat16 ? __bfloat162float(emulation::from_bits<__nv_bfloat16>(bits))
-                         : __half2float(emulation::from_bits<__half>(bits));
-    };
-    uint64_t left[2][32];  // [0]: columns 2 t, 2 t + 1 of rows g (low word) and g + 8; [1]: 8 columns further on
-    uint64_t right[32];
-    std::memcpy(left[0], emulation::exchange(uint64_t(a[1]) << 32 | a[0]), sizeof left[0]);
-    std::memcpy(left[1], emulation::exchange(uint64_t(a[3]) << 32 | a[2]), sizeof left[1]);
-    std::memcpy(right, emulation::exchange(uint64_t(b1) << 32 | b0), sizeof right);
-    const int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-    for (int i = 0; i < 4; ++i)
+    struct Fragments {
+        float* d;
+        uint32_t a[4], b[2];
+    } own = {d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    const uint64_t* const all = emulation::exchange(reinterpret_cast<uint64_t>(&own));
+    if (threadIdx.x % 32 == 0) {
+        const auto lane = [=](int i) -> const Fragments& {
+            return *reinterpret_cast<const Fragments*>(all[i]);
+        };
+        const auto value = [](uint32_t word, int half) {
+            const uint16_t bits = uint16_t(word >> 16 * half);
+            return kBfloat16 ? __bfloat162float(emulation::from_bits<__nv_bfloat16>(bits))
+                             : __half2float(emulation::from_bits<__half>(bits));
+        };
+        float left[16][16], right[8][16];
         for (int k = 0; k < 16; ++k) {
-            const int lane = k % 8 / 2, column = 2 * t + i % 2;
-            d[i] += value(left[k / 8][4 * g + lane] >> 32 * (i / 2), k % 2) *
-                    value(right[4 * column + lane] >> 32 * (k / 8), k % 2);
+            for (int row = 0; row < 16; ++row)
+                left[row][k] = value(lane(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k % 2);
+            for (int column = 0; column < 8; ++column)
+                right[column][k] = value(lane(column * 4 + k % 8 / 2).b[k / 8], k % 2);
         }
+        for (int i = 0; i < 32; ++i)
+            for (int j = 0; j < 4; ++j)
+                for (int k = 0; k < 16; ++k)
+                    lane(i).d[j] += left[i / 4 + j / 2 * 8][k] * right[i % 4 * 2 + j % 2][k];
+    }
+    __syncwarp();
 }

@@ -1,6 +1,6 @@
 // Stands in for cuda/ptx_sm90.cuh: the same functions without assembly. Kept: phases and transaction counts of
 // barriers, boxes, zero fill and swizzles of TMA, ranks in shared addresses, fragment layouts of wgmma and ldmatrix.
-// Not modelled: the asynchrony of wgmma, memory ordering.
+// Copies come at random times, and groups of wgmma as early or as late as they may. Not modelled: memory ordering.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -59,6 +59,7 @@ void store_shared_4(uint32_t address, uint32_t v) {
 inline void store_shared_8(uint32_t address, uint2 v) { write_shared(address, v); }
 inline void store_shared_16(uint32_t address, uint4 v) { write_shared(address, v); }
 inline uint4 load_remote_16(uint32_t address, int rank) {
+    emulation::delay();
     uint4 v;
     std::memcpy(&v, emulation::shared_at(at_rank(address, rank), 16), 16);
     return v;
@@ -85,22 +86,31 @@ inline void store_turned(uint32_t address, const uint32_t (&pairs)[4]) {
 
 inline void barrier_init(uint32_t barrier, int arrivals) { emulation::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
-inline void barrier_arrive(uint32_t barrier) { emulation::barrier_arrive(barrier, 0); }
-inline void barrier_arrive_cluster(uint32_t barrier, int rank) {
-    emulation::barrier_arrive(at_rank(barrier, rank), 0);
+inline void barrier_arrive(uint32_t barrier) {
+    emulation::barrier_arrive(barrier, 0);
+    emulation::delay();
 }
+inline void barrier_arrive_cluster(uint32_t barrier, int rank) { barrier_arrive(at_rank(barrier, rank)); }
 inline void barrier_expect(uint32_t barrier, int num_bytes) { emulation::barrier_arrive(barrier, num_bytes); }
+inline bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
+    emulation::delay();
+    return emulation::barrier_is_done(barrier, parity);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulation::barrier_wait(barrier, parity); }
 inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
     emulation::barrier_wait(barrier, parity);
 }
-inline void named_barrier(int id, int num_threads) { emulation::named_barrier(id, num_threads); }
+inline void named_barrier(int id, int num_threads) { emulation::named_barrier_arrive(id, num_threads, true); }
 inline void named_barrier_arrive(int id, int num_threads) {
-    emulation::named_barrier_arrive(id, num_threads);
+    emulation::named_barrier_arrive(id, num_threads, false);
+    emulation::delay();
 }
 inline int cluster_rank() { return int(emulation::cta_rank()); }
 inline int cluster_size() { return emulation::cluster_size(); }
-inline void cluster_arrive_relaxed() { emulation::cluster_arrive(); }
+inline void cluster_arrive_relaxed() {
+    emulation::cluster_arrive();
+    emulation::delay();
+}
 inline void cluster_wait() { emulation::cluster_wait(); }
 inline void cluster_sync() {
     emulation::cluster_arrive();
@@ -113,21 +123,26 @@ inline uint32_t swizzled(uint32_t address, int width) {
     return address ^ ((address >> 7 & uint32_t(width / 16 - 1)) << 4);
 }
 inline void tma_load(uint32_t dst, const TensorMap* map, int column, int row, int plane, uint32_t barrier) {
-    if (dst % 128) emulation::fail("TMA to a misaligned address");
-    emulation::delay();
+    if (dst % 128 || swizzled(dst, map->swizzle_bytes) != dst) emulation::fail("TMA to a misaligned address");
     const int bytes = map->element_bytes;
-    uint32_t to = dst;
-    for (int64_t z = plane; z < plane + map->box[2]; ++z)
-        for (int64_t y = row; y < row + map->box[1]; ++y)
-            for (int64_t x = column; x < column + map->box[0]; ++x, to += uint32_t(bytes)) {
-                uint8_t* const p = emulation::shared_at(swizzled(to, map->swizzle_bytes), bytes);
-                if (x < map->sizes[0] && y < map->sizes[1] && z < map->sizes[2])
-                    std::memcpy(p, map->data + x * bytes + y * map->strides[1] + z * map->strides[2],
-                                size_t(bytes));
-                else
-                    std::memset(p, 0, size_t(bytes));
-            }
-    emulation::barrier_complete(barrier, map->box[0] * map->box[1] * map->box[2] * bytes);
+    if (map->box[0] * bytes % 16) emulation::fail("TMA of rows that are no multiple of 16 bytes");
+    const auto run = [=] {
+        uint32_t to = dst;
+        const int per_piece = 16 / bytes;
+        for (int64_t z = plane; z < plane + map->box[2]; ++z)
+            for (int64_t y = row; y < row + map->box[1]; ++y)
+                for (int64_t x = column; x < column + map->box[0]; x += per_piece, to += 16) {
+                    const bool exists = z < map->sizes[2] && y < map->sizes[1];
+                    const int64_t num = exists ? std::clamp<int64_t>(map->sizes[0] - x, 0, per_piece) : 0;
+                    uint8_t piece[16] = {};
+                    if (num)
+                        std::memcpy(piece, map->data + x * bytes + y * map->strides[1] + z * map->strides[2],
+                                    size_t(num * bytes));
+                    std::memcpy(emulation::shared_at(swizzled(to, map->swizzle_bytes), 16), piece, 16);
+                }
+        emulation::barrier_complete(barrier, map->box[0] * map->box[1] * map->box[2] * bytes);
+    };
+    emulation::copy_later(run, false);
 }
 inline void tma_load(uint32_t dst, const TensorMap* map, int column, int row, uint32_t barrier) {
     tma_load(dst, map, column, row, 0, barrier);
@@ -143,18 +158,21 @@ inline void tma_load_multicast(uint32_t dst, const TensorMap* map, int column, i
 }
 inline void tma_store(const TensorMap* map, uint32_t src, int column, int row) {
     const int bytes = map->element_bytes;
-    for (int y = 0; y < map->box[1] && row + y < map->sizes[1]; ++y)
-        for (int x = 0; x < map->box[0] && column + x < map->sizes[0]; ++x) {
-            const uint32_t from = src + uint32_t((y * map->box[0] + x) * bytes);
-            std::memcpy(map->data + (column + x) * bytes + (row + y) * map->strides[1],
-                        emulation::shared_at(swizzled(from, map->swizzle_bytes), bytes), size_t(bytes));
-        }
+    const auto run = [=] {
+        for (int y = 0; y < map->box[1] && row + y < map->sizes[1]; ++y)
+            for (int x = 0; x < map->box[0] && column + x < map->sizes[0]; ++x) {
+                const uint32_t from = src + uint32_t((y * map->box[0] + x) * bytes);
+                std::memcpy(map->data + (column + x) * bytes + (row + y) * map->strides[1],
+                            emulation::shared_at(swizzled(from, map->swizzle_bytes), bytes), size_t(bytes));
+            }
+    };
+    emulation::copy_later(run, true);
 }
 inline void prefetch_map(const TensorMap*) {}
-inline void tma_store_wait_read() {}
-inline void tma_store_wait() {}
+inline void tma_store_wait_read() { emulation::await_stores(); }
+inline void tma_store_wait() { emulation::await_stores(); }
 inline void fence_async_proxy() {}
-inline void dependency_wait() {}
+inline void dependency_wait() { emulation::await_earlier_work(); }
 inline void dependency_launch() {}
 template <int kRegisters>
 void raise_registers() {}
@@ -164,37 +182,94 @@ void lower_registers() {}
 // -------------------------------------------------------------------------------------------------- wgmma
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
+/// Runs the groups but the last kPending.
+inline void run_wgmmas(size_t pending) {
+    auto& committed = emulation::wgmmas().committed;
+    while (committed.size() > pending) {
+        const auto group = std::move(committed.front());
+        committed.pop_front();
+        for (const auto& run : group) run();
+    }
+}
+inline void wgmma_commit() {
+    emulation::Wgmmas& all = emulation::wgmmas();
+    all.committed.push_back(std::move(all.open));
+    all.open.clear();
+    if (++all.num_groups * 0x9e3779b9u >> 31) run_wgmmas(0);  // lanes agree: half of the groups run at once
+}
 template <int kPending>
-void wgmma_wait() {}
+void wgmma_wait() {
+    run_wgmmas(kPending);
+}
 template <typename V, int kCount>
 void pin(V (&)[kCount]) {}
 inline uint32_t opaque(uint32_t v) { return v; }
-inline uint64_t operand_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4; }
+inline uint64_t operand_descriptor(uint32_t address) {
+    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+           uint64_t(1) << 62;
+}
 
-/// Lane (g, t) holds rows g and g + 8 of a, and of the sums columns 2 t and 2 t + 1 of each 8 tokens.
+/// Sixteen elements of each row of an operand under the 128 B swizzle, 8 rows 1024 bytes apart.
+template <typename T>
+void read_operand(float (*rows)[16], int num_rows, uint64_t descriptor) {
+    const uint64_t fields = operand_descriptor(0);
+    if ((descriptor & ~uint64_t(0x3fff)) != fields)
+        emulation::fail("an operand's descriptor of another form");
+    const uint32_t start = emulation::cta_rank() << 24 | uint32_t(descriptor & 0x3fff) << 4;
+    for (int row = 0; row < num_rows; ++row)
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t from = start + uint32_t(row / 8 * 1024 + row % 8 * 128 + 16 * half);
+            uint16_t bits[8];
+            std::memcpy(bits, emulation::shared_at(swizzled(from, 128), 16), 16);
+            for (int i = 0; i < 8; ++i) rows[row][8 * half + i] = float(emulation::from_bits<T>(bits[i]));
+        }
+}
+/// Lane (g, t) holds rows g and g + 8 of a, and of the sums columns 2 t and 2 t + 1 of each 8 tokens. Lane 0 works for
+/// its warp, which has 16 of the 64 rows.
+template <typename T, int kTokens, bool kAdd, bool kSharedA>
+void run_wgmma(float* acc, const uint32_t (&a)[4], uint64_t a_shared, uint64_t b) {
+    struct Fragments {
+        float* acc;
+        uint32_t a[4];
+    } own = {acc, {a[0], a[1], a[2], a[3]}};
+    const uint64_t* const all = emulation::exchange(reinterpret_cast<uint64_t>(&own));
+    if (threadIdx.x % 32 == 0) {
+        const auto lane = [=](int i) -> const Fragments& {
+            return *reinterpret_cast<const Fragments*>(all[i]);
+        };
+        float left[16][16], right[kTokens][16];
+        if constexpr (kSharedA) {
+            read_operand<T>(left, 16, a_shared + threadIdx.x % 128 / 32 * (16 * 128 / 16));
+        } else {
+            for (int row = 0; row < 16; ++row)
+                for (int k = 0; k < 16; ++k) {
+                    const uint32_t word = lane(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+                    left[row][k] = float(emulation::from_bits<T>(word >> 16 * (k % 2) & 0xffff));
+                }
+        }
+        read_operand<T>(right, kTokens, b);
+        for (int i = 0; i < 32; ++i)
+            for (int j = 0; j < kTokens / 2; ++j) {
+                const float* const x = left[i / 4 + j / 2 % 2 * 8];
+                const float* const y = right[j / 4 * 8 + i % 4 * 2 + j % 2];
+                float sum = 0.0f;
+                for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
+                float& to = lane(i).acc[j];
+                to = (kAdd ? to : 0.0f) + sum;
+            }
+    }
+    __syncwarp();
+}
 template <typename T, int kTokens, bool kAdd = true>
 void wgmma_k16(float (&acc)[kTokens / 2], const uint32_t* a, uint64_t b) {
-    uint64_t left[2][32];
-    std::memcpy(left[0], emulation::exchange(uint64_t(a[1]) << 32 | a[0]), sizeof left[0]);
-    std::memcpy(left[1], emulation::exchange(uint64_t(a[3]) << 32 | a[2]), sizeof left[1]);
-    const int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-    const auto value = [](uint64_t bits) { return float(emulation::from_bits<T>(bits & 0xffff)); };
-    const uint32_t start = emulation::cta_rank() << 24 | uint32_t(b & 0x3fff) << 4;
-    for (int i = 0; i < kTokens / 4; ++i) {
-        const uint32_t token = uint32_t(i / 2 * 8 + 2 * t + i % 2);
-        float sum[2] = {};
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t from = start + token / 8 * 1024 + token % 8 * 128 + uint32_t(2 * k);
-            const float x = value(read_shared<uint16_t>(swizzled(from, 128)));
-            const uint64_t words = left[k / 8][4 * g + k % 8 / 2] >> 16 * (k % 2);
-            sum[0] += value(words) * x;
-            sum[1] += value(words >> 32) * x;
-        }
-        for (int half = 0; half < 2; ++half) {
-            float& to = acc[4 * (i / 2) + 2 * half + i % 2];
-            to = (kAdd ? to : 0.0f) + sum[half];
-        }
-    }
-    __syncwarp();  // the lanes of a warp are done together
+    const uint32_t words[4] = {a[0], a[1], a[2], a[3]};
+    emulation::wgmmas().open.push_back(
+        [to = &acc[0], words, b] { run_wgmma<T, kTokens, kAdd, false>(to, words, 0, b); });
+}
+template <typename T, int kTokens>
+void wgmma_k16_shared(float (&acc)[kTokens / 2], uint64_t a, uint64_t b) {
+    emulation::wgmmas().open.push_back([to = &acc[0], a, b] {
+        const uint32_t words[4] = {};
+        run_wgmma<T, kTokens, true, true>(to, words, a, b);
+    });
 }
