@@ -263,8 +263,8 @@ impl<'a> Compiler<'a> {
 /// The key of a compilation, then a line for each kernel.
 fn record_of(key: &str, kernels: &BTreeMap<String, Kernel>) -> String {
     kernels.iter().fold(format!("{key}\n"), |mut text, (name, kernel)| {
-        let Kernel { registers, shared_bytes, param_bytes } = kernel;
-        let _ = writeln!(text, "{name} {registers} {shared_bytes} {param_bytes}");
+        let Kernel { registers, shared_bytes, param_bytes, max_threads } = kernel;
+        let _ = writeln!(text, "{name} {registers} {shared_bytes} {param_bytes} {max_threads}");
         text
     })
 }
@@ -278,8 +278,13 @@ fn read_record(record: &str, key: &str) -> Option<BTreeMap<String, Kernel>> {
     let kernel = |line: &str| {
         let (name, numbers) = line.split_once(' ')?;
         let mut numbers = numbers.split(' ').map_while(|number| number.parse().ok());
-        let (registers, shared_bytes, param_bytes) = (numbers.next()?, numbers.next()?, numbers.next()?);
-        Some((name.to_string(), Kernel { registers, shared_bytes, param_bytes }))
+        let kernel = Kernel {
+            registers: numbers.next()?,
+            shared_bytes: numbers.next()?,
+            param_bytes: numbers.next()?,
+            max_threads: numbers.next()?,
+        };
+        Some((name.to_string(), kernel))
     };
     lines.map(kernel).collect()
 }
@@ -293,10 +298,10 @@ fn write_images(path: &Path, source_hash: u64, archs: &[String], images: &[Image
     let items = images.iter().fold(String::new(), |mut items, image| {
         let Image { stem, archs, fatbin, kernels } = image;
         let kernels = kernels.iter().fold(String::new(), |mut kernels, (name, kernel)| {
-            let Kernel { registers, shared_bytes, param_bytes } = kernel;
-            let numbers =
-                format!("registers: {registers}, shared_bytes: {shared_bytes}, param_bytes: {param_bytes}");
-            let _ = writeln!(kernels, "        KernelInfo {{ name: {name:?}, {numbers} }},");
+            let Kernel { registers, shared_bytes, param_bytes, max_threads } = kernel;
+            let first = format!("registers: {registers}, shared_bytes: {shared_bytes}");
+            let rest = format!("param_bytes: {param_bytes}, max_threads: {max_threads}");
+            let _ = writeln!(kernels, "        KernelInfo {{ name: {name:?}, {first}, {rest} }},");
             kernels
         });
         let bytes = format!("&Aligned(*include_bytes!({:?}))", fatbin.display().to_string());

@@ -28,6 +28,7 @@ pub struct Kernel {
     pub registers: u32,
     pub shared_bytes: u32,
     pub param_bytes: u32,
+    pub max_threads: u32,
 }
 
 /// The architectures to build for: those of `QBITS_CUDA_ARCHS`, else of the GPUs in the machine (`9.0`, ...).
@@ -156,8 +157,8 @@ fn number(line: &str, unit: &str) -> u32 {
     before.rsplit([' ', ',']).next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// Sets the parameter size of every kernel from its PTX. Each takes one struct, which is what a launch
-/// passes.
+/// Sets the parameter size and the most threads of every kernel from its PTX. Each takes one struct, which is what a
+/// launch passes, and has launch bounds.
 pub fn read_params(ptx: &str, kernels: &mut BTreeMap<String, Kernel>) -> Result<(), String> {
     for entry in ptx.split(".entry ").skip(1) {
         let Some((name, rest)) = entry.split_once('(') else { continue };
@@ -169,6 +170,13 @@ pub fn read_params(ptx: &str, kernels: &mut BTreeMap<String, Kernel>) -> Result<
         };
         kernel.param_bytes =
             size(line).ok_or_else(|| format!("{} must take one struct, got {}", name.trim(), line.trim()))?;
+        let bounds =
+            rest.split('{').next().and_then(|head| head.split_once(".maxntid ")).map(|(_, rest)| rest);
+        let threads = bounds.and_then(|rest| {
+            let line = rest.lines().next().unwrap_or_default();
+            line.split(',').map(|number| number.trim().parse::<u32>().ok()).product()
+        });
+        kernel.max_threads = threads.ok_or_else(|| format!("{} must have __launch_bounds__", name.trim()))?;
     }
     Ok(())
 }
@@ -203,7 +211,7 @@ ptxas info    : Used 24 registers, used 1 barriers, 512 bytes smem
 
     #[test]
     fn a_report_gives_the_most_that_any_architecture_needs() {
-        let expected = Kernel { registers: 40, shared_bytes: 512, param_bytes: 0 };
+        let expected = Kernel { registers: 40, shared_bytes: 512, ..Kernel::default() };
         assert_eq!(read_report(REPORT), Ok(BTreeMap::from([("copy_float32".into(), expected)])));
     }
 
@@ -260,10 +268,24 @@ ptxas info    : Used 24 registers, used 1 barriers, 512 bytes smem
 ";
 
     #[test]
-    fn ptx_gives_the_size_of_the_parameter() {
-        let mut kernels = read_report(REPORT).unwrap();
-        assert_eq!(read_params(PTX, &mut kernels), Ok(()));
-        assert_eq!(kernels["copy_float32"].param_bytes, 192);
+    fn ptx_gives_the_size_of_the_parameter_and_the_most_threads() {
+        for (bounds, threads) in
+            [(".maxntid 256, 1, 1", 256), (".maxntid 640", 640), (".maxntid 32, 4, 1", 128)]
+        {
+            let mut kernels = read_report(REPORT).unwrap();
+            assert_eq!(read_params(&PTX.replace(".maxntid 256, 1, 1", bounds), &mut kernels), Ok(()));
+            let Kernel { param_bytes, max_threads, .. } = kernels["copy_float32"];
+            assert_eq!((param_bytes, max_threads), (192, threads));
+        }
+    }
+
+    #[test]
+    fn a_kernel_has_launch_bounds() {
+        let unbound = PTX.replace(".maxntid 256, 1, 1\n", "");
+        assert_eq!(
+            read_params(&unbound, &mut read_report(REPORT).unwrap()).unwrap_err(),
+            "copy_float32 must have __launch_bounds__"
+        );
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct KernelInfo {
     pub shared_bytes: u32,
     /// Size of its one parameter.
     pub param_bytes: u32,
+    /// Most threads of a block: its launch bounds.
+    pub max_threads: u32,
 }
 
 impl Image {
@@ -69,13 +71,9 @@ pub fn images() -> &'static [Image] {
     IMAGES
 }
 
-/// Size of a kernel's parameter in this build, to compare its Rust mirror with.
-pub fn param_bytes(name: &str) -> Option<u32> {
-    IMAGES
-        .iter()
-        .flat_map(|image| image.kernels)
-        .find(|kernel| kernel.name == name)
-        .map(|kernel| kernel.param_bytes)
+/// What this build knows of a kernel, to compare plans and mirrors with.
+pub fn kernel_info(name: &str) -> Option<&'static KernelInfo> {
+    IMAGES.iter().flat_map(|image| image.kernels).find(|kernel| kernel.name == name)
 }
 
 /// A kernel that was checked on one device. What it allows is already the smaller of its own limit and the

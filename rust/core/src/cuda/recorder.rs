@@ -19,7 +19,7 @@ pub(crate) struct Machine {
     pub devices: Vec<Limits>,
     pub images: &'static [Image],
     pub driver_version: c_int,
-    /// Threads that the driver says every kernel allows.
+    /// Threads that the driver says every kernel allows, unless its launch bounds allow fewer.
     pub kernel_max_threads: u32,
     /// A capture in global mode is in progress on every stream.
     pub is_capturing: bool,
@@ -54,7 +54,10 @@ impl Machine {
     /// Instead of this build's images one that was built for `archs`.
     pub fn with_image(mut self, archs: &'static [&'static str], kernels: &[(&'static str, u32)]) -> Self {
         static BYTES: Aligned<[u8; 64]> = Aligned([0; 64]);
-        let info = |&(name, param_bytes)| KernelInfo { name, registers: 32, shared_bytes: 1024, param_bytes };
+        let info = |&(name, param_bytes)| {
+            let max_threads = 1024;
+            KernelInfo { name, registers: 32, shared_bytes: 1024, param_bytes, max_threads }
+        };
         let kernels: &'static [KernelInfo] = kernels.iter().map(info).collect::<Vec<_>>().leak();
         self.images = vec![Image { name: "recorded", archs, kernels, bytes: &BYTES }].leak();
         self

@@ -145,7 +145,9 @@ stand_ins! {
             (None, _) => INVALID_HANDLE,
             (Some(info), REGISTERS) => put(value, info.registers as c_int),
             (Some(info), SHARED) => put(value, info.shared_bytes as c_int),
-            (Some(_), THREADS) => put(value, state.machine.kernel_max_threads as c_int),
+            (Some(info), THREADS) => {
+                put(value, info.max_threads.min(state.machine.kernel_max_threads) as c_int)
+            }
             _ => INVALID_VALUE,
         }
     };
