@@ -27,14 +27,16 @@ MIN_REPEAT_MS = 20.0
 ROTATING_BYTES = 240e6  # four times the 60 MB L2 of an H200: every operand is cold
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """`--out DIR` for the result file, `--quick` for a run that only shows that everything works."""
+def arguments(description: str | None, **switches: str) -> argparse.Namespace:
+    """`--out DIR` for the result file, `--quick` for a run that only shows that everything works, more."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few repeats; writes no result file"
     )
     parser.add_argument("--only", default="", help="run only rows whose name contains this")
+    for name, help_text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
     return parser.parse_args()
 
 
@@ -145,7 +147,8 @@ class Replay:
         with torch.cuda.graph(self._graph):
             self._results = [call() for call in calls]  # kept, so that every call writes memory of its own
         self._num_replays = 1
-        self._num_replays = max(1, round(MIN_REPEAT_MS / max(self.time_us() * self._num_calls * 1e-3, 1e-3)))
+        self.first_us = self.time_us()
+        self._num_replays = max(1, round(MIN_REPEAT_MS / max(self.first_us * self._num_calls * 1e-3, 1e-3)))
 
     def time_us(self) -> float:
         """Microseconds of one call, mean over at least MIN_REPEAT_MS of replays."""
@@ -199,6 +202,40 @@ def interleaved(replays: Mapping[str, Replay | Eager], num_repeats: int = NUM_RE
         for name, replay in replays.items():
             samples[name].append(replay.time_us())
     return {name: Timing.of(times) for name, times in samples.items()}
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """What a long run settled at."""
+
+    us: float
+    sm_mhz: float | None
+    watts: float | None
+
+
+def sustained(replay: Replay, seconds: float) -> Sustained:
+    """Replays without a pause; medians of the run's second half, clock and power as nvidia-smi has them."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
+    query += ["-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    try:
+        log = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        log = None
+    times, begin = [], time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        times.append(replay.time_us())
+    printed = ""
+    if log is not None:
+        log.terminate()
+        printed = log.communicate()[0]
+    found = re.findall(r"^(\d+), ([\d.]+)$", printed, re.MULTILINE)
+    late = found[len(found) // 2 :]
+    clocks, powers = ([float(pair[i]) for pair in late] for i in range(2))
+    return Sustained(
+        statistics.median(times[len(times) // 2 :]),
+        statistics.median(clocks) if clocks else None,
+        statistics.median(powers) if powers else None,
+    )
 
 
 def host_ns(call: Callable[[], Any], num_calls: int, num_repeats: int = NUM_REPEATS) -> float:

@@ -3,6 +3,8 @@
 Correctness comes first: each shape is compared with float64. Then graph replay over weights that rotate
 through more than the L2, with warm activations, as in decoding, all peers in turn. The floor is the bytes at
 4.40 TB/s, which an H200 reads, or the multiplications at 790 TFLOP/s, which its cuBLAS reaches in short runs.
+`--sustained` also runs both for ten seconds each from 1024 rows on, where power limits them, and logs the
+clock and the power.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import Replay, Report, arguments, interleaved, num_sets, peer
+from common import Replay, Report, Timing, arguments, interleaved, num_sets, peer, sustained
 from qbits import _core, dependent_launch, ops
 from qbits.functional import QTensor4
 from qbits.nn import Linear4bit
@@ -19,8 +21,8 @@ from qbits.nn import Linear4bit
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # N, K
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 OTHER_TOKENS = (1, 16, 64, 256)  # of other codebooks, dtypes and nested statistics
-BITSANDBYTES_TOKENS = (1, 16, 64, 256)
-INT4_TOKENS = (1, 2, 4, 8, 16)  # beyond, torch's int4 product takes longer than cuBLAS
+SLOW_PEER = 10.0  # times cuBLAS: such a peer is timed once
+SUSTAINED_TOKENS, SUSTAINED_SECONDS = 1024, 10.0  # from so many rows on, for so long
 TRANSPOSED_TOKENS = (1, 8, 16, 32)
 DEPENDENT_TOKENS = (1, 2, 4, 8, 16, 32)
 READ_TB_PER_S = 4.40
@@ -145,31 +147,55 @@ def int4_replay(weights: Weights, x: torch.Tensor) -> Replay:
     return Replay(calls)
 
 
+def peer_replays(report: Report, weights: Weights, x: torch.Tensor, bnb: Any) -> dict[str, Replay]:
+    """Of the peers that are installed and take the shape."""
+    makers: dict[str, Callable[[], Replay]] = {"int4": lambda: int4_replay(weights, x)}
+    if bnb:
+        makers["bitsandbytes"] = lambda: peer_replay(bnb, weights, x)
+    replays = {}
+    for name, make in makers.items():
+        try:
+            replays[name] = make()
+        except Exception as error:
+            where = f"{x.shape[0]} x {weights.N} x {weights.K}"
+            report.note(f"{name} at {where}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return replays
+
+
+def sustained_columns(replays: dict[str, Replay]) -> dict[str, float | None]:
+    """Of ten seconds of our product and ten of cuBLAS."""
+    columns: dict[str, float | None] = {}
+    for name in ("ours", "cublas"):
+        run = sustained(replays[name], SUSTAINED_SECONDS)
+        columns |= {f"sustained_{name}_us": run.us, f"{name}_sm_mhz": run.sm_mhz, f"{name}_watts": run.watts}
+    return columns
+
+
 def measure(
-    report: Report, weights: Weights, M: int, dtype: torch.dtype, nested: bool, bnb: Any, repeats: int
+    report: Report,
+    weights: Weights,
+    M: int,
+    dtype: torch.dtype,
+    nested: bool,
+    bnb: Any,
+    repeats: int,
+    is_sustained: bool,
 ) -> None:
-    """One row."""
+    """One row; peers and long runs in NF4, bfloat16, plain absmax."""
     N, K = weights.N, weights.K
     x = torch.randn(M, K, device="cuda", dtype=dtype)
     outputs = [torch.empty(M, N, device="cuda", dtype=dtype) for _ in weights.parts]
     calls = [lambda i=i: weights.multiply(x, i, outputs[i]) for i in range(len(outputs))]
     replays = {"ours": Replay(calls), "cublas": dense_replays(weights, x)}
-    peers = {}
-    if not nested and weights.codebook == "nf4" and dtype == torch.bfloat16:
-        if bnb and M in BITSANDBYTES_TOKENS:
-            peers["bitsandbytes"] = lambda: peer_replay(bnb, weights, x)
-        if M in INT4_TOKENS:
-            peers["int4"] = lambda: int4_replay(weights, x)
-    for name, make in peers.items():
-        try:
-            replays[name] = make()
-        except Exception as error:
-            report.note(f"{name} at {M} x {N} x {K}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    is_main = not nested and weights.codebook == "nf4" and dtype == torch.bfloat16
+    peers = peer_replays(report, weights, x, bnb) if is_main else {}
+    slow = {n: r.first_us for n, r in peers.items() if r.first_us > SLOW_PEER * replays["cublas"].first_us}
+    replays |= {name: replay for name, replay in peers.items() if name not in slow}
     if weights.codebook == "nf4" and not nested and M in DEPENDENT_TOKENS:
         replays["dependent"] = dependent_replay(weights, calls)
-    times = interleaved(replays, repeats)
+    times = interleaved(replays, repeats) | {name: Timing(us, us, us) for name, us in slow.items()}
     ours, cublas = times["ours"], times["cublas"]
-    others = {name: timing.us for name, timing in times.items() if name in peers}
+    others = {name: times[name].us for name in peers}
     best_peer, best_us = min(others.items(), key=lambda item: item[1], default=(None, None))
     earlier = EARLIER_US.get((N, K), {}).get(M)
     num_bytes = weights.packed_bytes + (M * K + M * N) * dtype.itemsize
@@ -196,6 +222,8 @@ def measure(
         speedup=best_us / ours.us if best_us else None,
         earlier_peer_us=earlier[0] * cublas.us / earlier[1] if earlier else None,
         num_sets=len(outputs),
+        **{f"{name}_us": us for name, us in sorted(others.items())},
+        **(sustained_columns(replays) if is_sustained and is_main and M >= SUSTAINED_TOKENS else {}),
     )
 
 
@@ -239,7 +267,7 @@ def measure_transposed(report: Report, weights: Weights, M: int, repeats: int) -
 
 def main() -> None:
     """Checks, then times every shape."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, sustained="also run ten seconds each from 1024 rows on")
     torch.manual_seed(0)
     report = Report("gemm_4bit", "cuda")
     bnb = peer("bitsandbytes")
@@ -258,7 +286,7 @@ def main() -> None:
             tokens = TOKENS if is_main else OTHER_TOKENS
             check(report, weights, dtype, tokens)
             for M in tokens:
-                measure(report, weights, M, dtype, nested, bnb, repeats)
+                measure(report, weights, M, dtype, nested, bnb, repeats, options.sustained)
             for M in TRANSPOSED_TOKENS if is_main else ():
                 measure_transposed(report, weights, M, repeats)
     report.write(options)
