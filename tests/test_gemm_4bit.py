@@ -289,20 +289,48 @@ def test_gemm_4bit_on_model_shapes(dtype, N, K, codebook, nested):
         assert error.mean() <= 2 * torch_error.mean(), M
 
 
+def check_ends(device: str, M: int, N: int, K: int) -> None:
+    """The first and last rows of a random weight give the products with those rows alone, up to rounding."""
+    rows = 256  # a multiple of 64 elements, so that each end has blocks of its own
+    decoded_bytes = 2 * N * K if M > 512 else 0
+    skip_without_memory(device, N * K * 5 // 8 + decoded_bytes + 2 * M * N + 2**30)
+    num_blocks = ceil_div(N * K, 64)
+    packed = torch.randint(0, 256, (ceil_div(N * K, 2),), dtype=torch.uint8, device=device)
+    absmax = torch.rand(num_blocks, device=device)
+    x = torch.randn(M, K, device=device).to(torch.bfloat16)
+    output = torch.full((M, N), torch.nan, dtype=torch.bfloat16, device=device)
+    ops.gemm_4bit(x, packed, absmax, N, K, "nf4", 64, out=output)
+    half, blocks = rows * K // 2, rows * K // 64
+    for codes, scales, got in (
+        (packed[:half], absmax[:blocks], output[:, :rows]),
+        (packed[-half:], absmax[-blocks:], output[:, -rows:]),
+    ):
+        decoded = ops.dequantize_4bit(codes, scales, rows * K, "nf4", 64, torch.float32).view(rows, K)
+        want = x.double() @ decoded.double().T
+        # a bfloat16 result of K terms; a wrong row would be off by the whole value, of size sqrt(K)
+        assert (got.double() - want).abs().max() <= 0.05 * want.abs().max()
+
+
 @pytest.mark.slow
 def test_a_weight_of_more_than_2_to_the_31_elements(device):
-    """Rows behind 2^31 elements equal the product with those rows alone, up to the order of sums."""
-    skip_without_memory(device, 3 * 2**30)
-    K, N = 8192, 2**18 + 128
-    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device=device)
-    absmax = torch.rand(ceil_div(N * K, 64), device=device)
-    x = torch.randn(2, K, device=device).to(torch.bfloat16)
-    output = ops.gemm_4bit(x, packed, absmax, N, K, "nf4", 64)
-    rows = 256
-    tail = ops.dequantize_4bit(
-        packed[-rows * K // 2 :], absmax[-rows * K // 64 :], rows * K, "nf4", 64, torch.float32
-    ).view(rows, K)
-    want = x.double() @ tail.double().T
-    got = output[:, -rows:].double()
-    # a bfloat16 result of K terms; a wrong row would be off by the whole value, of size sqrt(K)
-    assert (got - want).abs().max() <= 0.05 * want.abs().max()
+    check_ends(device, 2, 2**18 + 128, 8192)
+
+
+# By the families skinny_sm90, skinny, mid, large, simt, decoding and torch where the GPU is an H200.
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("M", "K"),
+    [(1, 8192), (8, 4096), (2, 4160), (40, 8192), (128, 4160), (300, 4096), (3, 4104), (600, 4096)],
+)
+def test_kernels_read_weights_of_more_than_2_to_the_31_elements(M, K):
+    check_ends("cuda", M, ceil_div(2**31, K * 64) * 64 + 128, K)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("M", "K"), [(8, 256), (7, 64), (16, 64), (128, 128), (512, 64), (8, 24), (1000, 64)]
+)
+def test_kernels_write_more_than_2_to_the_31_elements(M, K):
+    check_ends("cuda", M, ceil_div(2**31, M * 64) * 64 + 2**15, K)

@@ -2,7 +2,7 @@
 
 use super::{Gemm4bit, Problem, bias_number, codebook_number};
 use crate::cuda::{Launch, Limits, Params, Symbol};
-use crate::ops::{MAX_GRID, address, block_shift};
+use crate::ops::{address, block_shift};
 use crate::tensor::{Dtype, Tensor};
 
 /// Mirror of the kernels' struct.
@@ -91,7 +91,7 @@ pub(super) fn plan_simt(op: &Gemm4bit) -> (Launch, SkinnyParams) {
     };
     let tokens = if op.num_rows() == 1 { 1 } else { 4 };
     let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
-    let grid = (op.N as u64).div_ceil(SIMT_ROWS).min(MAX_GRID);
+    let grid = (op.N as u64).div_ceil(SIMT_ROWS);
     (Launch::new(symbol, grid, 256), params(op, 0, 0))
 }
 

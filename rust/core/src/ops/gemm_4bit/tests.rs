@@ -90,3 +90,21 @@ fn a_weight_that_nobody_writes_is_read_early_by_kernels_that_wait_themselves() {
         assert!(!recorder.launches()[0].dependent, "these kernels do not wait");
     }
 }
+
+#[test]
+fn more_rows_than_a_grid_can_hold_are_refused() {
+    if !is_built("gemm_4bit_skinny") {
+        return;
+    }
+    let stream = Stream { handle: std::ptr::null_mut(), device: 0 };
+    let recorder = Recorder::install(Machine::h200());
+    let most = 8 * ((1 << 31) - 1);
+    // SAFETY: the recorder stands in for the driver: no address is read.
+    let run = |n| unsafe { Cuda { stream, weights_are_ready: false }.run(&product(1, n, 8, 64, false)) };
+    run(most).unwrap();
+    assert_eq!(recorder.launches().len(), 1);
+    assert_eq!(
+        run(most + 8).unwrap_err().to_string(),
+        "qbits::gemm_4bit: grid of gemm_4bit_skinny_words_bfloat16_1 must be at most 2147483647, got 2147483648"
+    );
+}

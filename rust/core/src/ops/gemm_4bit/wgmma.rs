@@ -45,16 +45,16 @@ impl Gemm4bitOperands {
     }
 }
 
+/// Largest size that the kernels count in 32 bits: their loops go on for up to one tile of every thread block.
+const MAX_SIZE: i64 = (1 << 31) - (1 << 17);
+
 /// Whether kernels with maps of input and weight and 32-bit sizes take the problem.
 pub(super) fn fits(problem: &Problem, limits: &Limits) -> bool {
-    let is_int32 = |size: i64| i32::try_from(size).is_ok();
     limits.capability == (9, 0)
         && problem.dtype != Dtype::Float32
         && problem.k > 0
         && problem.k % 64 == 0
-        && is_int32(problem.m)
-        && is_int32(problem.n)
-        && is_int32(problem.k)
+        && problem.m.max(problem.n).max(problem.k) <= MAX_SIZE
         && problem.is_aligned
 }
 
@@ -84,5 +84,26 @@ pub(super) fn packed_map(op: &Gemm4bit, rows: u32, row_bytes: u32) -> Tiled<2> {
             128 => Swizzle::Bytes128,
             _ => Swizzle::None,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::product;
+    use super::*;
+    use crate::cuda::H200;
+
+    #[test]
+    fn sizes_that_a_loop_would_count_beyond_31_bits_are_left_to_other_kernels() {
+        let problem = product(40, 4096, 4096, 64, false).problem();
+        let fits = |problem: Problem| fits(&problem, &H200);
+        for size in [1 << 30, MAX_SIZE] {
+            assert!(fits(Problem { m: size, ..problem }) && fits(Problem { n: size, ..problem }));
+            assert!(fits(Problem { k: size, ..problem }));
+        }
+        for size in [MAX_SIZE + 64, (1 << 31) - 64, 1 << 31, 1 << 40] {
+            assert!(!fits(Problem { m: size, ..problem }) && !fits(Problem { n: size, ..problem }));
+            assert!(!fits(Problem { k: size, ..problem }));
+        }
     }
 }
