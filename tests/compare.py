@@ -143,6 +143,18 @@ def corner_blocks(block_size: int) -> Floats:
     return np.concatenate(blocks)
 
 
+# Of a block, in float32, that a decoder meets or could meet.
+ODD_SCALES = np.array(
+    [0.0, -0.0, 1e-45, 1e-40, 2.0**-126, 65504.0, 1e5, 3e38, np.inf, np.nan, -1.5, 1 + 2.0**-23], np.float32
+)
+
+
+def sizes_around(block_size: int) -> list[int]:
+    """Every kind of tail."""
+    blocks = [block_size - 1, block_size, block_size + 1, 3 * block_size + 5]
+    return [0, 1, 2, 3, *blocks, 8 * 4096 + 2 * block_size + 37]
+
+
 SCALES = (
     1.0,
     2.0**-126,

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from compare import (
+    ODD_SCALES,
     SCALES,
     Guarded,
     assert_same_bits,
@@ -16,6 +17,7 @@ from compare import (
     corner_blocks,
     dtype_of,
     guarded_like,
+    sizes_around,
     skip_without_memory,
     tensor_of,
     widened,
@@ -64,21 +66,6 @@ def dequantize_and_compare(
     want = reference.round_to(reference.decode_4bit(packed, absmax, n, codebook, block_size), dtype)
     assert_same_bits(output.tensor, want, f"{codebook} {dtype} block {block_size} n {n} offset {offset}")
     output.assert_intact()
-
-
-def sizes_around(block_size: int) -> list[int]:
-    """Every kind of tail."""
-    return [
-        0,
-        1,
-        2,
-        3,
-        block_size - 1,
-        block_size,
-        block_size + 1,
-        3 * block_size + 5,
-        8 * 4096 + 2 * block_size + 37,
-    ]
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES_4BIT)
@@ -130,8 +117,7 @@ def test_quantize_4bit_handles_nan_inf_zero_subnormal_and_huge_blocks(device, dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_4bit_of_every_byte_and_odd_scales(device, dtype, codebook):
     every_byte = np.arange(256, dtype=np.uint8)
-    odd = [0.0, -0.0, 1e-45, 1e-40, 2.0**-126, 65504.0, 1e5, 3e38, np.inf, np.nan, -1.5, 1 + 2.0**-23]
-    for scale in np.array(odd, np.float32):
+    for scale in ODD_SCALES:
         dequantize_and_compare(every_byte, np.full(8, scale), 512, codebook, 64, dtype, device)
 
 

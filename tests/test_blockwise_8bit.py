@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from compare import (
+    ODD_SCALES,
     SCALES,
     Guarded,
     assert_same_bits,
@@ -15,6 +16,7 @@ from compare import (
     corner_blocks,
     dtype_of,
     guarded_like,
+    sizes_around,
     skip_without_memory,
     tensor_of,
     widened,
@@ -68,20 +70,6 @@ def dequantize_and_compare(
     want = reference.round_to(reference.decode_blockwise(codes, absmax, table, block_size), dtype)
     assert_same_bits(output.tensor, want, f"{dtype} block {block_size} n {codes.size} offset {offset}")
     output.assert_intact()
-
-
-def sizes_around(block_size: int) -> list[int]:
-    """Every kind of tail."""
-    return [
-        0,
-        1,
-        3,
-        block_size - 1,
-        block_size,
-        block_size + 1,
-        3 * block_size + 5,
-        8 * 4096 + 2 * block_size + 37,
-    ]
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES_8BIT)
@@ -157,8 +145,7 @@ def test_quantize_blockwise_reads_a_map_at_any_offset(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_blockwise_of_every_code_and_odd_scales(device, dtype):
     every_code = np.arange(256, dtype=np.uint8)
-    odd = [0.0, -0.0, 1e-45, 1e-40, 2.0**-126, 65504.0, 1e5, 3e38, np.inf, np.nan, -1.5, 1 + 2.0**-23]
-    for scale in np.array(odd, np.float32):
+    for scale in ODD_SCALES:
         for name in ("dynamic", "e4m3"):
             dequantize_and_compare(every_code, np.full(4, scale), TABLES[name], 64, dtype, device)
 

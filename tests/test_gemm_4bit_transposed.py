@@ -8,6 +8,7 @@ import reference
 import torch
 from compare import Guarded, assert_same_bits, dtype_of, skip_without_memory, tensor_of, widened
 from qbits import ops
+from qbits.errors import QbitsError
 from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES
 from test_gemm_4bit import RANDOM, Weight, _same_numbers_in_any_order, decoded_matrix, random_weight
 
@@ -85,6 +86,25 @@ def test_one_input_picks_one_row_of_the_weight(device, position):
     x[0, position] = 1
     got = ops.gemm_4bit_transposed(x, *positional, **keywords)
     assert torch.equal(got[0], decoded_matrix(weight, "bfloat16", device)[position])
+
+
+@pytest.mark.parametrize("M", [3, 500])
+@pytest.mark.parametrize(("op", "K"), [(ops.gemm_4bit, 64), (ops.gemm_4bit_transposed, 96)])
+def test_outputs_are_checked_also_where_torch_multiplies(device, op, K, M):
+    """With 500 rows the weight is decoded for torch's product."""
+    positional, keywords = random_weight(96, 64).arguments(device)
+    x = torch.ones(M, K, device=device)
+    num = M * (160 - K)
+    for out, message in (
+        (torch.empty(num, dtype=torch.float16, device=device), "have dtype float32, got float16"),
+        (torch.empty(7, device=device), f" = {num} elements, got 7"),
+        (torch.empty(num, 2, device=device)[:, 0], "be contiguous, got a strided view"),
+        (torch.empty(num + x.numel(), device=device), "not share memory with input"),
+    ):
+        if out.numel() > num:
+            x, out = out[: x.numel()].view(M, K), out[x.numel() // 2 :][:num]
+        with pytest.raises(QbitsError, match=f"^qbits::{op.__name__}: output must .*{message}"):
+            op(x, *positional, out=out, **keywords)
 
 
 @pytest.mark.gpu

@@ -5,11 +5,11 @@ use crate::dependent;
 use crate::exception::raise;
 use crate::lend::{Framework, Lender, Loans};
 use pyo3::Borrowed;
-use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
-use qbits_core::backend::{Backend, Cpu, Cuda, OPS, Op};
+use qbits_core::backend::{Backend, Cpu, Cuda, Op};
 use qbits_core::cuda::{self, Memory};
 use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, ExchangeApi};
 use qbits_core::spec::{Arg, Compiled, Role, Symbols, Value};
@@ -39,8 +39,7 @@ fn set_num_threads_source(source: Bound<'_, PyAny>) {
 
 /// Adds the functions of this file to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(set_num_threads_source, module)?)?;
-    module.add_function(wrap_pyfunction!(check, module)?)
+    module.add_function(wrap_pyfunction!(set_num_threads_source, module)?)
 }
 
 /// How many threads a CPU op may use.
@@ -54,7 +53,7 @@ pub fn num_threads(py: Python<'_>) -> PyResult<usize> {
 /// What a call came to.
 #[derive(Default)]
 pub struct Answer<'py> {
-    /// Torch computes the result faster by other ops; nothing was done.
+    /// Torch computes the result faster by other ops; all that was given is checked, nothing was done.
     pub is_declined: bool,
     /// An output has elements.
     pub has_elements: bool,
@@ -100,6 +99,9 @@ pub fn call<'a, 'py>(
         {
             let backend = backend(py, compiled.spec.name, symbols, loans)?;
             if declines(values, &backend).map_err(|error| raise(py, error))? {
+                let mut given = compiled.written().filter(|i| given & (1 << i) != 0);
+                let checked = given.try_for_each(|i| compiled.check_output(i, values, symbols));
+                checked.map_err(|error| raise(py, error))?;
                 return Ok(Answer { is_declined: true, ..Answer::default() });
             }
         }
@@ -124,27 +126,6 @@ fn backend(py: Python<'_>, op: &'static str, symbols: &Symbols, loans: &mut Loan
         Device::Cpu => Backend::Cpu(Cpu { num_threads: 1 }),
         Device::Cuda(ordinal) => {
             Backend::Cuda(Cuda { stream: loans.stream(py, op, ordinal)?, weights_are_ready: false })
-        }
-    })
-}
-
-/// Checks the arguments of an op as a call would, and runs nothing. Outputs are checked if all of them are given.
-#[pyfunction]
-#[pyo3(signature = (op, *args))]
-fn check(op: &str, args: &Bound<'_, PyTuple>) -> PyResult<()> {
-    let py = args.py();
-    let found = OPS.iter().find(|candidate| (candidate.compiled)().spec.name == op);
-    let found = found
-        .ok_or_else(|| PyValueError::new_err(format!("qbits::check: op must be declared, got {op:?}")))?;
-    let args: Vec<_> = args.iter_borrowed().collect();
-    with_values(py, found, &args, |values, symbols, _| {
-        let compiled = (found.compiled)();
-        let is_missing = |(arg, value): (&Arg, &Value)| {
-            matches!(arg.role, Role::Out(..) | Role::Scratch(_)) && matches!(value, Value::Absent)
-        };
-        match compiled.spec.args.iter().zip(values.iter()).any(is_missing) {
-            true => Ok(()),
-            false => compiled.check_outputs(values, symbols).map_err(|error| raise(py, error)),
         }
     })
 }

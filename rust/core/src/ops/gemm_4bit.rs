@@ -7,11 +7,11 @@ mod skinny;
 mod skinny_sm90;
 mod wgmma;
 
-use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of, host_absmax};
-use super::with_float;
+use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of};
+use super::{host_weight, with_float};
 use crate::backend::{Cpu, Cuda, Run};
 use crate::codebook::Codebook4;
-use crate::cpu::{self, Execution, Float, Weight4};
+use crate::cpu::{self, Execution, Float};
 use crate::cuda::{Family, Limits, forced_family, images, launch, limits};
 use crate::error::Result;
 use crate::op;
@@ -185,15 +185,7 @@ impl Run<Gemm4bit> for Cpu {
         // SAFETY: the caller's promise: checked lengths and dtypes, written tensors that share no memory.
         with_float!(op.input.dtype, T => unsafe {
             let bias = op.bias.map(|bias| widen(&bias));
-            let weight = Weight4 {
-                packed: op.packed.as_slice(),
-                absmax: host_absmax(&op.absmax, op.absmax_scale, op.absmax_offset, op.absmax_codebook),
-                rows: op.N as usize,
-                columns: op.K as usize,
-                codebook: codebook_of(op.codebook),
-                block_size: op.block_size as usize,
-            };
-            cpu::gemm_4bit::<T>(op.input.as_slice(), weight, bias.as_deref(), op.output.as_slice_mut(), execution);
+            cpu::gemm_4bit::<T>(op.input.as_slice(), host_weight!(op), bias.as_deref(), op.output.as_slice_mut(), execution);
         });
         Ok(())
     }

@@ -1,11 +1,11 @@
 //! Product of an input with a transposed 4-bit weight: the gradient of a linear layer's input.
 //! Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314, section 3.
 
-use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of, host_absmax};
+use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS};
 use super::gemm_4bit::codebook_number;
-use super::{MAX_GRID, address, block_shift, with_float};
+use super::{MAX_GRID, address, block_shift, host_weight, with_float};
 use crate::backend::{Cpu, Cuda, Run};
-use crate::cpu::{self, Execution, Weight4};
+use crate::cpu::{self, Execution};
 use crate::cuda::{Family, Launch, Limits, Params, Symbol, forced_family, launch, limits};
 use crate::error::Result;
 use crate::op;
@@ -51,15 +51,8 @@ impl Run<Gemm4bitTransposed> for Cpu {
         let execution = Execution::new(self.num_threads)?;
         // SAFETY: the caller's promise: checked lengths and dtypes, written tensors that share no memory.
         with_float!(op.input.dtype, T => unsafe {
-            let weight = Weight4 {
-                packed: op.packed.as_slice(),
-                absmax: host_absmax(&op.absmax, op.absmax_scale, op.absmax_offset, op.absmax_codebook),
-                rows: op.N as usize,
-                columns: op.K as usize,
-                codebook: codebook_of(op.codebook),
-                block_size: op.block_size as usize,
-            };
-            cpu::gemm_4bit_transposed::<T>(op.input.as_slice(), weight, op.output.as_slice_mut(), execution);
+            let output = op.output.as_slice_mut();
+            cpu::gemm_4bit_transposed::<T>(op.input.as_slice(), host_weight!(op), output, execution);
         });
         Ok(())
     }

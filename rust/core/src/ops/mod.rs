@@ -35,6 +35,26 @@ macro_rules! with_float {
 }
 pub(crate) use with_float;
 
+/// The weight of a product on the CPU, from the fields of the op; unsafe as `host_absmax` is.
+macro_rules! host_weight {
+    ($op:expr) => {
+        $crate::cpu::Weight4 {
+            packed: $op.packed.as_slice(),
+            absmax: $crate::ops::blockwise_4bit::host_absmax(
+                &$op.absmax,
+                $op.absmax_scale,
+                $op.absmax_offset,
+                $op.absmax_codebook,
+            ),
+            rows: $op.N as usize,
+            columns: $op.K as usize,
+            codebook: $crate::ops::blockwise_4bit::codebook_of($op.codebook),
+            block_size: $op.block_size as usize,
+        }
+    };
+}
+pub(crate) use host_weight;
+
 /// A launch over `n` elements, `per_block` to a thread block, without dynamic shared memory.
 fn launch_over(symbol: Symbol, n: i64, per_block: u64, threads: u32) -> Launch {
     let grid = (n as u64).div_ceil(per_block).min(MAX_GRID);

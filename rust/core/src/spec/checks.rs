@@ -247,36 +247,32 @@ impl Compiled {
 
     /// Checks the outputs and scratch, and that nothing written shares memory with another argument.
     pub fn check_outputs(&self, values: &[Value], symbols: &Symbols) -> Result<()> {
-        let mut bound = *symbols;
-        for index in self.written() {
-            let arg = &self.spec.args[index];
-            let tensor = self.tensor(arg, &values[index])?;
-            let dtype = match arg.role {
-                Role::Out(of, _) => self.output_dtype(index, of, values),
-                _ => Dtype::Uint8,
-            };
-            if tensor.dtype != dtype {
-                let rule = format_args!("have dtype {dtype}");
-                return Err(self.error(ErrorKind::Dtype, arg.name, rule, tensor.dtype));
-            }
-            self.check_device(index, arg, tensor, &mut bound)?;
-            let len = self.len(index, symbols).filter(|len| len.checked_mul(dtype.size() as i64).is_some());
-            let len = len.ok_or_else(|| self.too_large(index, symbols))?;
-            if tensor.len() != len {
-                return Err(self.error(
-                    ErrorKind::Shape,
-                    arg.name,
-                    self.length_rule(index, len),
-                    tensor.len(),
-                ));
-            }
-            self.check_memory(arg, tensor)?;
-            if tensor.is_read_only {
-                return Err(self.error(ErrorKind::Value, arg.name, "be writable", "read-only memory"));
-            }
-            self.check_overlap(index, arg, tensor, values)?;
+        self.written().try_for_each(|index| self.check_output(index, values, symbols))
+    }
+
+    /// Checks the output or scratch at `index`.
+    pub fn check_output(&self, index: usize, values: &[Value], symbols: &Symbols) -> Result<()> {
+        let arg = &self.spec.args[index];
+        let tensor = self.tensor(arg, &values[index])?;
+        let dtype = match arg.role {
+            Role::Out(of, _) => self.output_dtype(index, of, values),
+            _ => Dtype::Uint8,
+        };
+        if tensor.dtype != dtype {
+            let rule = format_args!("have dtype {dtype}");
+            return Err(self.error(ErrorKind::Dtype, arg.name, rule, tensor.dtype));
         }
-        Ok(())
+        self.check_device(index, arg, tensor, &mut symbols.clone())?;
+        let len = self.len(index, symbols).filter(|len| len.checked_mul(dtype.size() as i64).is_some());
+        let len = len.ok_or_else(|| self.too_large(index, symbols))?;
+        if tensor.len() != len {
+            return Err(self.error(ErrorKind::Shape, arg.name, self.length_rule(index, len), tensor.len()));
+        }
+        self.check_memory(arg, tensor)?;
+        if tensor.is_read_only {
+            return Err(self.error(ErrorKind::Value, arg.name, "be writable", "read-only memory"));
+        }
+        self.check_overlap(index, arg, tensor, values)
     }
 
     fn check_overlap(&self, index: usize, arg: &Arg, tensor: &Tensor, values: &[Value]) -> Result<()> {
