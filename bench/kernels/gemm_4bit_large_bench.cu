@@ -3,13 +3,10 @@
 // nvcc -std=c++20 -O3 -fmad=false -I../../cuda -gencode arch=compute_90a,code=sm_90a gemm_4bit_large_bench.cu -ldl
 // Usage: gemm_4bit_large_bench [check] [small] [time [m n k]]; CUBLAS names the cuBLAS library, without it there is no
 // peer. All times of a row come from interleaved rounds: from 1024 tokens on power limits the clock.
-#include <cuda.h>
-#include <dlfcn.h>
 #include <functional>
 #include <memory>
-#include <random>
 #include "gemm_4bit_large.cuh"
-#include "harness.cuh"
+#include "gemm_4bit_check.cuh"
 
 // ------------------------------------------------------------------------------------------------ variants
 
@@ -45,34 +42,13 @@ static const Variant kVariants[] = {VARIANTS};
 
 // ---------------------------------------------------------------------------------------------- launching
 
-static CUresult (*encode_tiled)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 static int num_sms;
 
 static void set_up() {
-    cudaDriverEntryPointQueryResult found;
-    void* entry;
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-    encode_tiled = reinterpret_cast<decltype(encode_tiled)>(entry);
     CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
     for (const Variant& v : kVariants)
         for (Kernel k : {v.bf16, v.fp16})
             if (k) CHECK(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, v.smem_bytes));
-}
-
-static TensorMap encode(const void* data, CUtensorMapDataType type, std::vector<cuuint64_t> sizes,
-                        std::vector<cuuint64_t> strides, std::vector<cuuint32_t> box, CUtensorMapSwizzle swizzle) {
-    CUtensorMap map;
-    const cuuint32_t steps[3] = {1, 1, 1};
-    const CUresult r = encode_tiled(&map, type, cuuint32_t(sizes.size()), const_cast<void*>(data), sizes.data(),
-                                    strides.data(), box.data(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) std::printf("cuTensorMapEncodeTiled: %d\n", r), std::exit(1);
-    TensorMap out;
-    static_assert(sizeof map == sizeof out);
-    std::memcpy(&out, &map, sizeof out);
-    return out;
 }
 
 struct Plan {
@@ -93,20 +69,23 @@ static Gemm4bitLargeParams params_of(const Plan& plan, const Gemm4bitOperands& o
     Gemm4bitLargeParams p = {};
     const Variant& v = *plan.v;
     const cuuint64_t k = cuuint64_t(o.k), m = cuuint64_t(o.m), n = cuuint64_t(o.n);
-    const CUtensorMapDataType type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    p.input = encode(input, type, {64, m, k / 64}, {2 * k, 128}, {64, cuuint32_t(v.tokens), 1},
-                     CU_TENSOR_MAP_SWIZZLE_128B);
-    p.packed = encode(packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, {k / 2, n}, {k / 2}, {64, 32}, CU_TENSOR_MAP_SWIZZLE_64B);
+    const CUtensorMapDataType type =
+        is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    p.input =
+        encode<TensorMap>(input, type, {64, m, k / 64}, {2 * k, 128}, {64, cuuint32_t(v.tokens), 1}, 128);
+    p.packed = encode<TensorMap>(packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, {k / 2, n}, {k / 2}, {64, 32}, 64);
     p.output_by_tma = o.n % 8 == 0 && reinterpret_cast<uintptr_t>(o.output) % 16 == 0;
     if (p.output_by_tma)
-        p.output = encode(o.output, type, {n, m}, {2 * n}, {64, cuuint32_t(v.tokens / v.parts)}, CU_TENSOR_MAP_SWIZZLE_128B);
+        p.output =
+            encode<TensorMap>(o.output, type, {n, m}, {2 * n}, {64, cuuint32_t(v.tokens / v.parts)}, 128);
     p.o = o;
     p.num_row_tiles = plan.num_row_tiles, p.num_token_tiles = plan.num_token_tiles;
     p.raster_tokens = plan.raster_tokens;
     return p;
 }
 
-static void launch(const Plan& plan, const Gemm4bitLargeParams& p, bool is_half, bool dependent, cudaStream_t stream) {
+static void launch(const Plan& plan, const Gemm4bitLargeParams& p, bool is_half, bool dependent,
+                   cudaStream_t stream) {
     const Variant& v = *plan.v;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(plan.grid));
@@ -121,47 +100,7 @@ static void launch(const Plan& plan, const Gemm4bitLargeParams& p, bool is_half,
     CHECK(cudaLaunchKernelEx(&config, is_half ? v.fp16 : v.bf16, p));
 }
 
-// --------------------------------------------------------------------------------------------- reference
-
-struct HostValues {
-    float value[3][16];
-};
-template <typename Codebook>
-void fill_values(float (&value)[16]) {
-    for (int i = 0; i < 16; ++i) value[i] = from_bits(Codebook::kValueBits[i]);
-}
-
-/// exact: float64; peer: weights rounded to T, exact sums, one rounding to T. One warp an output.
-template <typename T>
-__global__ void reference(Gemm4bitOperands o, const T* input, const uint8_t* packed, HostValues values,
-                          double* exact_to, double* peer_to) {
-    const int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
-    const int lane = threadIdx.x % 32;
-    if (i >= int64_t(o.m) * o.n) return;
-    const int64_t row = i % o.n, token = i / o.n;
-    double exact = 0, rounded = 0;
-    for (int64_t j = lane; j < o.k; j += 32) {
-        const int64_t element = row * o.k + j, block = element >> o.block_shift;
-        const uint32_t code = packed[element / 2] >> (element % 2 ? 0 : 4) & 15;
-        float absmax;
-        if (o.absmax_scale) {
-            const float* const map = o.absmax_codebook ? o.absmax_codebook : kDynamicMap.value;
-            absmax = __fadd_rn(__fmul_rn(map[static_cast<const uint8_t*>(o.absmax)[block]], o.absmax_scale[block / 256]),
-                               *o.absmax_offset);
-        } else {
-            absmax = static_cast<const float*>(o.absmax)[block];
-        }
-        const float weight = __fmul_rn(values.value[o.codebook][code], absmax), x = float(input[token * o.k + j]);
-        exact += double(weight) * x;
-        rounded += double(float(T(weight))) * x;
-    }
-    for (int d = 16; d > 0; d /= 2)
-        exact += __shfl_xor_sync(~0u, exact, d), rounded += __shfl_xor_sync(~0u, rounded, d);
-    if (lane) return;
-    const float bias = wgmma::load_bias(o, int(row));
-    exact_to[i] = exact + bias;
-    peer_to[i] = double(float(T(float(rounded + bias))));
-}
+// ------------------------------------------------------------------------------------------------ checks
 
 struct Case {
     int m, n, k, raster;
@@ -174,74 +113,18 @@ struct Case {
 };
 
 template <typename T>
-bool check(const Variant& v, const Case& c) {
-    static uint32_t seed = 0;
+void check(const Variant& v, const Case& c) {
     constexpr bool kHalf = std::is_same_v<T, float16>;
-    seed += 101;
-    const int64_t num = int64_t(c.n) * c.k, blocks = ceil_div(num, int64_t(1) << c.block_shift);
-    std::mt19937 random(seed);
-    const auto uniform = [&] { return float(random() >> 8) * 0x1p-24f; };
-    std::vector<uint8_t> packed(num / 2), codes(blocks);
-    for (size_t i = 0; i + 4 <= packed.size(); i += 4) {
-        const uint32_t r = random();
-        std::memcpy(&packed[i], &r, 4);
-    }
-    for (uint8_t& b : codes) b = uint8_t(random());
-    std::vector<float> absmax(blocks), scale(ceil_div(blocks, 256)), map(256), bias32(c.n);
-    for (float& f : absmax) f = 0.01f + 0.1f * uniform();
-    for (float& f : scale) f = 0.01f + 0.05f * uniform();
-    for (float& f : map) f = 2 * uniform() - 1;
-    for (float& f : bias32) f = 2 * uniform() - 1;
-    const std::vector<float16> bias16(bias32.begin(), bias32.end());
-    const std::vector<bfloat16> biasb(bias32.begin(), bias32.end());
-    const Buffer<uint8_t> d_packed(packed), d_codes(codes);
-    const Buffer<float> d_absmax(absmax), d_scale(scale), d_offset(std::vector<float>{0.08f}), d_map(map), d_bias32(bias32);
-    const Buffer<float16> d_bias16(bias16);
-    const Buffer<bfloat16> d_biasb(biasb);
-    const Buffer<T> d_input(size_t(c.m) * c.k);
-    random_normal(d_input.data(), int64_t(c.m) * c.k, seed);
-    Buffer<double> exact(size_t(c.m) * c.n), peer(size_t(c.m) * c.n);
-    const Buffer<T> output(size_t(c.m) * c.n);
-    const void* const biases[4] = {nullptr, d_bias32.data(), d_bias16.data(), d_biasb.data()};
-    Gemm4bitOperands o = {c.nested ? static_cast<const void*>(d_codes.data()) : d_absmax.data(),
-                          c.nested ? d_scale.data() : nullptr, c.nested ? d_offset.data() : nullptr,
-                          c.own_map ? d_map.data() : nullptr, biases[c.bias_dtype + 1], output.data(), c.m, c.n, c.k,
-                          c.block_shift, c.codebook, std::max(c.bias_dtype, 0), 0};
-    HostValues values;
-    fill_values<Nf4>(values.value[0]);
-    fill_values<Fp4>(values.value[1]);
-    fill_values<Af4>(values.value[2]);
-    reference<T><<<unsigned(ceil_div(int64_t(c.m) * c.n, 8)), 256>>>(o, d_input.data(), d_packed.data(), values, exact.data(), peer.data());
-    CHECK(cudaDeviceSynchronize());
+    Product<T> product(c);
+    auto o = operands_of<Gemm4bitOperands>(product.params);
     const Plan plan = plan_of(v, c.m, c.n, c.raster, c.max_clusters);
-    bool same = true;
-    std::vector<T> first;
-    for (int run = 0; run < c.repeats; ++run) {
+    const std::string what =
+        v.name() + (kHalf ? " fp16 raster " : " bf16 raster ") + std::to_string(c.raster);
+    product.check(what, c.repeats, 0, [&](int run) {
         o.weights_ready = run % 2;
-        launch(plan, params_of(plan, o, d_input.data(), d_packed.data(), kHalf), kHalf, c.dependent && run % 3, nullptr);
-        CHECK(cudaDeviceSynchronize());
-        const std::vector<T> now = output.download();
-        if (run == 0) first = now;
-        same &= !std::memcmp(first.data(), now.data(), now.size() * sizeof(T));
-    }
-    const bool intact = output.intact();
-    const std::vector<double> e = exact.download(), q = peer.download();
-    double mean = 0, peer_mean = 0, worst = 0, peer_worst = 0, rms = 0;
-    for (size_t i = 0; i < e.size(); ++i) {
-        const double d = std::abs(double(float(first[i])) - e[i]), dp = std::abs(q[i] - e[i]);
-        mean += d / double(e.size()), peer_mean += dp / double(e.size());
-        worst = std::max(worst, d == d ? d : INFINITY), peer_worst = std::max(peer_worst, dp);
-        rms += e[i] * e[i] / double(e.size());
-    }
-    const bool close = mean <= 1.05 * peer_mean && worst <= 1.5 * peer_worst;
-    const bool ok = intact && same && close;
-    failures += !ok;
-    std::printf("%-4s %-18s %s m %4d n %5d k %5d raster %d block %4d codebook %d nested %d bias %2d: mean %.3f of peer, max %.3f%s%s\n",
-                ok ? "ok" : "FAIL", v.name().c_str(), kHalf ? "fp16" : "bf16", c.m, c.n, c.k, c.raster,
-                1 << c.block_shift, c.codebook, c.nested, c.bias_dtype, mean / peer_mean, worst / peer_worst,
-                intact ? "" : " CANARY", same ? "" : " DIFFERS");
-    std::fflush(stdout);
-    return ok;
+        launch(plan, params_of(plan, o, product.params.input, product.params.packed, kHalf), kHalf,
+               c.dependent && run % 3, nullptr);
+    });
 }
 
 static void check_all(bool small) {
@@ -267,60 +150,22 @@ static void check_all(bool small) {
 
 // --------------------------------------------------------------------------------------------------- time
 
-struct Cublas {
-    void* handle = nullptr;
-    int (*gemm)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
-                const void*, void*, int, int, int, int) = nullptr;
-    int (*set_stream)(void*, cudaStream_t) = nullptr;
-    Cublas() {
-        const char* const name = std::getenv("CUBLAS");
-        void* const lib = name ? dlopen(name, RTLD_NOW) : nullptr;
-        if (!lib) return;
-        const auto create = reinterpret_cast<int (*)(void**)>(dlsym(lib, "cublasCreate_v2"));
-        const auto workspace = reinterpret_cast<int (*)(void*, void*, size_t)>(dlsym(lib, "cublasSetWorkspace_v2"));
-        set_stream = reinterpret_cast<decltype(set_stream)>(dlsym(lib, "cublasSetStream_v2"));
-        gemm = reinterpret_cast<decltype(gemm)>(dlsym(lib, "cublasGemmEx"));
-        void* space;
-        CHECK(cudaMalloc(&space, 64 << 20));
-        if (create(&handle)) handle = nullptr;
-        else workspace(handle, space, 64 << 20);
-    }
-    void run(int m, int n, int k, const void* x, const void* w, void* y, cudaStream_t stream) {
-        const float one = 1.0f, zero = 0.0f;
-        set_stream(handle, stream);
-        if (const int r = gemm(handle, 1, 0, n, m, k, &one, w, 14, k, x, 14, k, &zero, y, 14, n, 68, -1))
-            std::printf("cublasGemmEx: %d\n", r), std::exit(1);
-    }
-};
-
-/// Normal weights as codes of NF4.
-__global__ void fill_codes(uint8_t* packed, int64_t n, Thresholds thresholds) {
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-        uint32_t v = 0;
-        for (uint32_t half = 0; half < 2; ++half) {
-            const uint32_t a = hash32(uint32_t(2 * i + half)), b = hash32(a + 0x9e3779b9u);
-            const float x = sqrtf(-2.0f * logf(fminf((a + 1.0f) * 2.3283064e-10f, 1.0f))) * cospif(b * 4.6566129e-10f) * 0.4f;
-            uint32_t code = 0;
-            for (int k = 0; k < 15; ++k) code += x > thresholds.value[k];
-            v = v << 4 | code;
-        }
-        packed[i] = uint8_t(v);
-    }
-}
-
 struct Goal {
     int m, n, k;
     float goal, peer;
 };
 static const Goal kGoals[] = {
-    {256, 4096, 4096, 15.5f, 21.3f}, {256, 14336, 4096, 47.5f, 50.3f}, {256, 8192, 8192, 55.5f, 58.9f}, {256, 28672, 8192, 187, 196},
-    {512, 4096, 4096, 27, 29.9f},    {512, 14336, 4096, 96, 99.8f},    {512, 8192, 8192, 101, 105.4f},  {512, 28672, 8192, 349, 360.5f},
-    {1024, 4096, 4096, 51.5f, 53.4f}, {1024, 14336, 4096, 170, 176},   {1024, 8192, 8192, 191, 193},    {1024, 28672, 8192, 665, 665},
-    {4096, 4096, 4096, 201, 203},    {4096, 14336, 4096, 672, 680},    {4096, 8192, 8192, 780, 789},    {4096, 28672, 8192, 2739, 2767},
+    {256, 4096, 4096, 15.5f, 21.3f}, {256, 14336, 4096, 47.5f, 50.3f}, {256, 8192, 8192, 55.5f, 58.9f},
+    {256, 28672, 8192, 187, 196},    {512, 4096, 4096, 27, 29.9f},     {512, 14336, 4096, 96, 99.8f},
+    {512, 8192, 8192, 101, 105.4f},  {512, 28672, 8192, 349, 360.5f},  {1024, 4096, 4096, 51.5f, 53.4f},
+    {1024, 14336, 4096, 170, 176},   {1024, 8192, 8192, 191, 193},     {1024, 28672, 8192, 665, 665},
+    {4096, 4096, 4096, 201, 203},    {4096, 14336, 4096, 672, 680},    {4096, 8192, 8192, 780, 789},
+    {4096, 28672, 8192, 2739, 2767},
 };
 
 /// Graphs of some calls each, replayed in turn; median microseconds of a call.
-static std::vector<float> interleave(const std::vector<std::function<void(int, cudaStream_t)>>& calls, int copies, float us_about) {
+static std::vector<float> interleave(const std::vector<std::function<void(int, cudaStream_t)>>& calls,
+                                     int copies, float us_about) {
     constexpr int kRounds = 5;
     constexpr float kRoundUs = 5e3f;
     cudaStream_t stream;
@@ -328,7 +173,8 @@ static std::vector<float> interleave(const std::vector<std::function<void(int, c
     cudaEvent_t begin, end;
     CHECK(cudaEventCreate(&begin));
     CHECK(cudaEventCreate(&end));
-    const int num = std::clamp(int(kRoundUs / us_about), 1, copies), replays = std::max(1, int(kRoundUs / us_about / float(num)));
+    const int num = std::clamp(int(kRoundUs / us_about), 1, copies),
+              replays = std::max(1, int(kRoundUs / us_about / float(num)));
     std::vector<cudaGraphExec_t> graphs;
     for (const auto& call : calls) {
         cudaGraph_t graph;
@@ -392,12 +238,24 @@ static void time_all(int only_m, int only_n, int only_k) {
                 if (v.parts > 1 && plan.grid > num_sms) continue;
                 auto params = std::make_shared<std::vector<Gemm4bitLargeParams>>();
                 for (int i = 0; i < copies; ++i) {
-                    Gemm4bitOperands o = {absmax.data() + i * (bytes / 32), nullptr, nullptr, nullptr, nullptr,
-                                          output.data() + i % 2 * kMaxOut, g.m, g.n, g.k, 6, 0, 0, 1};
+                    Gemm4bitOperands o = {absmax.data() + i * (bytes / 32),
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          output.data() + i % 2 * kMaxOut,
+                                          g.m,
+                                          g.n,
+                                          g.k,
+                                          6,
+                                          0,
+                                          0,
+                                          1};
                     params->push_back(params_of(plan, o, input.data(), packed.data() + i * bytes, false));
                 }
                 names.push_back(v.name() + " raster " + std::to_string(plan.raster_tokens));
-                calls.push_back([=](int i, cudaStream_t s) { launch(plan, (*params)[size_t(i)], false, true, s); });
+                calls.push_back(
+                    [=](int i, cudaStream_t s) { launch(plan, (*params)[size_t(i)], false, true, s); });
             }
         }
         if (cublas.handle) {
@@ -405,11 +263,13 @@ static void time_all(int only_m, int only_n, int only_k) {
             const int num = int(2 * kMaxWeight / weight);
             names.push_back("cuBLAS");
             calls.push_back([&, num, weight](int i, cudaStream_t s) {
-                cublas.run(g.m, g.n, g.k, input.data(), dense.data() + i % num * weight, output.data() + i % 2 * kMaxOut, s);
+                cublas.run(g.m, g.n, g.k, input.data(), dense.data() + i % num * weight,
+                           output.data() + i % 2 * kMaxOut, s);
             });
         }
         const std::vector<float> us = interleave(calls, copies, float(floor_us * 1.2));
-        std::printf("M %4d  %5d x %5d  goal %6.1f (%6.1f) floor %6.1f:", g.m, g.n, g.k, g.goal, g.peer, floor_us);
+        std::printf("M %4d  %5d x %5d  goal %6.1f (%6.1f) floor %6.1f:", g.m, g.n, g.k, g.goal, g.peer,
+                    floor_us);
         for (size_t i = 0; i < us.size(); ++i) std::printf("  %s %.1f", names[i].c_str(), us[i]);
         std::printf("\n");
         std::fflush(stdout);

@@ -1,11 +1,10 @@
 // Checks and times the kernels of gemm_4bit_skinny.cu on one GPU.
 //
-// nvcc -std=c++20 -O3 -fmad=false -I../../cuda -arch=sm_90a gemm_4bit_skinny_bench.cu
+// nvcc -std=c++20 -O3 -fmad=false -I../../cuda -arch=sm_90a gemm_4bit_skinny_bench.cu -ldl
 // Usage: gemm_4bit_skinny_bench [check [small]] [time [brief]]
 #include "gemm_4bit_skinny.cu"
-#include "harness.cuh"
+#include "gemm_4bit_check.cuh"
 #include <map>
-#include <random>
 
 // --------------------------------------------------------------------------------------- plan, launch
 
@@ -85,61 +84,6 @@ unsigned num_sms() {
     return num;
 }
 
-// -------------------------------------------------------------------------------------------- reference
-
-/// Outputs in float64, and what a peer gives: weights rounded to T, sums exact (16-bit T) or in float32, one
-/// rounding to T.
-struct Reference {
-    double* exact;  // [m, n]
-    double* peer;   // [m, n]
-};
-
-struct HostValues {
-    float value[3][16];
-};
-template <typename Codebook>
-void fill_values(float (&value)[16]) {
-    for (int i = 0; i < 16; ++i) value[i] = from_bits(Codebook::kValueBits[i]);
-}
-
-/// One warp an output.
-template <typename T>
-__global__ void reference(Gemm4bitSkinnyParams p, HostValues values, Reference r) {
-    const int64_t o = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
-    const int lane = threadIdx.x % 32;
-    if (o >= p.m * p.n) return;
-    const int64_t row = o % p.n, token = o / p.n;
-    double exact = 0, rounded = 0;
-    float rounded32 = 0;
-    for (int64_t i = lane; i < p.k; i += 32) {
-        const int64_t element = row * p.k + i, block = element >> p.block_shift;
-        const uint32_t code = p.packed[element / 2] >> (element % 2 ? 0 : 4) & 15;
-        float absmax;
-        if (p.absmax_scale) {
-            const float* const map = p.absmax_codebook ? p.absmax_codebook : kDynamicMap.value;
-            absmax = __fadd_rn(
-                __fmul_rn(map[static_cast<const uint8_t*>(p.absmax)[block]], p.absmax_scale[block / 256]),
-                *p.absmax_offset);
-        } else {
-            absmax = static_cast<const float*>(p.absmax)[block];
-        }
-        const float weight = __fmul_rn(values.value[p.codebook][code], absmax);
-        const float x = float(static_cast<const T*>(p.input)[token * p.k + i]);
-        exact += double(weight) * x;
-        rounded += double(float(T(weight))) * x;
-        rounded32 = fmaf(weight, x, rounded32);
-    }
-    for (int d = 16; d > 0; d /= 2) {
-        exact += __shfl_xor_sync(~0u, exact, d);
-        rounded += __shfl_xor_sync(~0u, rounded, d);
-        rounded32 += __shfl_xor_sync(~0u, rounded32, d);
-    }
-    const float bias = load_bias(p, row);
-    if (lane) return;
-    r.exact[o] = exact + bias;
-    r.peer[o] = sizeof(T) == 4 ? double(rounded32 + bias) : double(float(T(float(rounded + bias))));
-}
-
 // ----------------------------------------------------------------------------------------------- checks
 
 struct Case {
@@ -153,96 +97,10 @@ struct Case {
 
 template <typename T>
 void check(const Case& c) {
-    static uint32_t seed = 0;
-    seed += 101;
-    std::mt19937 random(seed);
-    const auto uniform = [&] { return float(random() >> 8) * 0x1p-24f; };
-    const auto normal = [&] {
-        return std::sqrt(-2.0f * std::log(uniform() + 1e-9f)) * std::cos(6.2831853f * uniform());
-    };
-    const int64_t num = c.n * c.k, blocks = ceil_div(num, int64_t(1) << c.block_shift);
-    std::vector<uint8_t> packed(ceil_div(num, 2)), absmax_codes(blocks);
-    for (uint8_t& v : packed) v = uint8_t(random());
-    for (uint8_t& v : absmax_codes) v = uint8_t(random());
-    std::vector<float> absmax(blocks), scale(ceil_div(blocks, 256)), map(256), bias32(c.n);
-    for (float& v : absmax) v = 0.01f + 0.1f * uniform();
-    for (float& v : scale) v = 0.01f + 0.05f * uniform();
-    for (float& v : map) v = 2 * uniform() - 1;
-    for (float& v : bias32) v = normal();
-    std::vector<T> input(c.m * c.k);
-    for (T& v : input) v = T(normal());
-    const std::vector<float16> bias16(bias32.begin(), bias32.end());
-    const std::vector<bfloat16> biasb(bias32.begin(), bias32.end());
-
-    const Buffer<uint8_t> d_packed(packed, c.offset), d_codes(absmax_codes);
-    const Buffer<float> d_absmax(absmax), d_scale(scale), d_offset(std::vector<float>{0.08f}), d_map(map),
-        d_bias32(bias32);
-    const Buffer<float16> d_bias16(bias16);
-    const Buffer<bfloat16> d_biasb(biasb);
-    const Buffer<T> d_input(input, c.offset);
-    Buffer<double> exact(c.m * c.n), peer(c.m * c.n);
-    const void* const biases[4] = {nullptr, d_bias32.data(), d_bias16.data(), d_biasb.data()};
-    Gemm4bitSkinnyParams p = {d_input.data(),
-                              d_packed.data(),
-                              c.nested ? static_cast<const void*>(d_codes.data()) : d_absmax.data(),
-                              c.nested ? d_scale.data() : nullptr,
-                              c.nested ? d_offset.data() : nullptr,
-                              c.own_map ? d_map.data() : nullptr,
-                              biases[c.bias_dtype + 1],
-                              nullptr,
-                              c.m,
-                              c.n,
-                              c.k,
-                              c.block_shift,
-                              c.codebook,
-                              std::max(c.bias_dtype, 0)};
-    const Plan plan = make_plan<T>(p, num_sms(), c.force);
-    HostValues values;
-    fill_values<Nf4>(values.value[0]);
-    fill_values<Fp4>(values.value[1]);
-    fill_values<Af4>(values.value[2]);
-    reference<T><<<unsigned(ceil_div(c.m * c.n, 8)), 256>>>(p, values, {exact.data(), peer.data()});
-    CHECK(cudaGetLastError());
-
-    const Buffer<T> output(c.m * c.n, c.offset);
-    p.output = output.data();
-    bool same = true;
-    std::vector<T> first;
-    for (int run = 0; run < 20; ++run) {
-        launch(plan, p);
-        const std::vector<T> now = output.download();
-        if (run == 0) first = now;
-        same &= !std::memcmp(first.data(), now.data(), now.size() * sizeof(T));
-    }
-    const bool intact = output.intact();
-    const std::vector<double> e = exact.download(), q = peer.download();
-    double mean = 0, peer_mean = 0, worst = 0, peer_worst = 0, rms = 0;
-    for (size_t i = 0; i < e.size(); ++i) {
-        const double d = std::abs(double(float(first[i])) - e[i]), dp = std::abs(q[i] - e[i]);
-        mean += d / double(e.size());
-        peer_mean += dp / double(e.size());
-        worst = std::max(worst, d == d ? d : INFINITY);
-        peer_worst = std::max(peer_worst, dp);
-        rms += e[i] * e[i] / double(e.size());
-    }
-    // Few outputs: the mean and maximum of a handful of roundings say little, so only gross errors count.
-    const bool many = e.size() >= 2000;
-    const double step = sizeof(T) == 4 ? 0x1p-20 : std::is_same_v<T, float16> ? 0x1p-10 : 0x1p-7;
-    // A float32 peer only rounds its sums in another order: no further than twice as far.
-    const double mean_limit = sizeof(T) == 4 ? 2 : 1.05, worst_limit = sizeof(T) == 4 ? 2 : 1.5;
-    const bool close = many ? mean <= mean_limit * peer_mean && worst <= worst_limit * peer_worst
-                            : worst <= step * (std::sqrt(rms) + 1);
-    const bool ok = intact && same && close;
-    failures += !ok;
-    if (!ok || many)
-        std::printf(
-            "%s %-34s m %3lld n %5lld k %5lld block %4d codebook %d bias %2d offset %zu: mean %.3e (%.3f of "
-            "peer) max "
-            "%.3e (%.3f)%s%s\n",
-            ok ? "ok  " : "FAIL", plan.kernel.c_str(), static_cast<long long>(c.m),
-            static_cast<long long>(c.n), static_cast<long long>(c.k), 1 << c.block_shift, c.codebook,
-            c.bias_dtype, c.offset, mean, mean / peer_mean, worst, worst / peer_worst,
-            intact ? "" : " canary", same ? "" : " differs");
+    Product<T> product(c, c.offset);
+    const Plan plan = make_plan<T>(product.params, num_sms(), c.force);
+    const std::string what = plan.kernel + " offset " + std::to_string(c.offset);
+    product.check(what, 20, 2000, [&](int) { launch(plan, product.params); });
 }
 
 template <typename T>
@@ -280,22 +138,6 @@ struct WeightPool {
     Buffer<bfloat16> input{4 * kMaxM * kMaxK}, output{4 * kMaxM * kMaxN};
     Buffer<float> input32{kMaxM * kMaxK}, output32{kMaxM * kMaxN};
 };
-
-__global__ void fill_codes(uint8_t* packed, int64_t n, Thresholds thresholds) {
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n;
-         i += int64_t(gridDim.x) * blockDim.x) {
-        uint8_t v = 0;
-        for (uint32_t half = 0; half < 2; ++half) {
-            const uint32_t a = hash32(uint32_t(2 * i + half)), b = hash32(a + 0x9e3779b9u);
-            const float x = sqrtf(-2.0f * logf(fminf((a + 1.0f) * 2.3283064e-10f, 1.0f))) *
-                            cospif(b * 4.6566129e-10f) * 0.4f;
-            int code = 0;
-            for (int k = 0; k < 15; ++k) code += x > thresholds.value[k];
-            v = uint8_t(v << 4 | code);
-        }
-        packed[i] = v;
-    }
-}
 
 template <typename T>
 void time_shape(const WeightPool& pool, int64_t m, int64_t n, int64_t k, bool nested, Force force) {
