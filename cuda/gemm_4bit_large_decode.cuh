@@ -284,7 +284,8 @@ __device__ __forceinline__ void decode_weights(const Gemm4bitLargeParams& p, uin
             #pragma unroll
             for (int i = 0; i < kNum; ++i) scale[i] = next_scale[i];
             scales.next(next_scale);
-            fetch(pair.slot);  // every lane has used what it had loaded
+            __syncwarp();  // every lane has used what it had loaded
+            fetch(pair.slot);
             pair.advance();
         }
     }

@@ -51,6 +51,7 @@ template <int kOffset = 0>
 uint4 load_shared_16(uint32_t address) {
     return read_shared<uint4>(address + kOffset);
 }
+inline uint32_t load_shared_1(uint32_t address) { return read_shared<uint8_t>(address); }
 inline uint32_t load_shared_2(uint32_t address) { return read_shared<uint16_t>(address); }
 template <int kOffset = 0>
 void store_shared_4(uint32_t address, uint32_t v) {
@@ -63,6 +64,15 @@ inline uint4 load_remote_16(uint32_t address, int rank) {
     uint4 v;
     std::memcpy(&v, emulation::shared_at(at_rank(address, rank), 16), 16);
     return v;
+}
+inline void store_remote_16(uint32_t address, uint32_t barrier, int rank, uint4 v) {
+    const uint32_t to = at_rank(address, rank), at = at_rank(barrier, rank);
+    const auto run = [=] {
+        std::memcpy(emulation::shared_at(to, 16), &v, 16);
+        emulation::barrier_complete(at, 16);
+    };
+    emulation::shared_at(to, 16);  // the other CTA has started
+    emulation::copy_later(run, false);
 }
 inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
     const uint64_t* const addresses = emulation::exchange(address);
