@@ -27,10 +27,11 @@ RowSums = aligned_struct(
 )
 # In the order of the kernel's numbers: what the emulation says; WRONG where the sums are wrong.
 WRONG = "wrong sums"
+BROKEN_RING = f"more arrivals than a barrier expects|every thread waits|{WRONG}"
 FAULTS = {
     "never_arrives": "every thread waits",
-    "arrives_twice": "more arrivals than a barrier expects|every thread waits|wrong sums",
-    "reads_unfilled_stage": "wrong sums|every thread waits",
+    "arrives_twice": BROKEN_RING,
+    "reads_unfilled_stage": BROKEN_RING,
     "releases_before_reading": WRONG,
     "releases_before_product": WRONG,
     "uses_sums_of_pending_product": WRONG,

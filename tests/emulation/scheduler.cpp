@@ -2,20 +2,24 @@
 // the end of earlier work come at random times, so that a missing wait shows as a wrong result.
 #include <ucontext.h>
 #include <algorithm>
-#include <array>
-#include <cstdarg>
-#include <cstdio>
 #include <functional>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
+#include "bind.h"
 #include "emulation.h"
+#include "failure.h"
 #include "hopper.h"
+#include "meeting.h"
 
 namespace {
+
+using emulation::Barrier;
+using emulation::Failure;
+using emulation::Meeting;
+using emulation::text;
 
 constexpr size_t kStackBytes = 1 << 17;
 constexpr uint32_t kSharedStart = 1024;  // as on sm_90
@@ -23,33 +27,6 @@ constexpr uint32_t kCanaryBytes = 128;   // behind the shared memory that a laun
 constexpr unsigned kRoundsOfEarlierWork = 48, kRoundsOfStart = 8, kRoundsOfCopy = 6;
 constexpr unsigned kLaziness[] = {0, 0, 0, 0, 0, 0, 0, 4, 12};
 constexpr uint64_t kBarrierMark = 0xb5e1b5e1b5e1b5e1;
-
-/// Where threads meet: a generation ends when `size` have come. What they bring is kept until the end of the next one.
-struct Meeting {
-    int size = 0, arrived = 0;
-    unsigned generation = 0;
-    uint64_t lane[2][32];
-    int count[2] = {0, 0};
-    void check() {
-        if (arrived < size || arrived == 0) return;
-        arrived = 0;
-        count[(generation + 1) & 1] = 0;
-        ++generation;
-    }
-};
-
-/// An mbarrier: a phase ends when all arrivals and all bytes expected have come.
-struct Barrier {
-    int arrivals, pending;
-    int64_t bytes;
-    unsigned phase;
-    void check() {
-        if (pending == 0 && bytes == 0) {
-            ++phase;
-            pending = arrivals;
-        }
-    }
-};
 
 struct alignas(128) Line {
     uint8_t bytes[128];
@@ -92,10 +69,6 @@ struct Copy {
     std::function<void()> run;
 };
 
-struct Failure {
-    std::string sentence;
-};
-
 /// CTAs that run at the same time: one, or a cluster.
 struct Cluster {
     std::vector<Cta> ctas;
@@ -114,15 +87,6 @@ struct Cluster {
     std::mt19937 random{12345};
 };
 Cluster cluster;
-
-std::string text(const char* format, ...) {
-    char buffer[256];
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(buffer, sizeof buffer, format, arguments);
-    va_end(arguments);
-    return buffer;
-}
 
 void yield() { swapcontext(&cluster.current->context, &cluster.scheduler); }
 void wait(Wait what) {
@@ -339,29 +303,6 @@ Barrier& barrier_at(uint32_t address) {
     return found->second;
 }
 
-template <size_t kWords, size_t kAlignment>
-struct alignas(kAlignment) Params {
-    uint64_t word[kWords];
-};
-/// A call with a struct of kWords words by value: above 16 bytes the System V ABI passes every struct alike, in memory.
-template <size_t kWords, size_t kAlignment>
-std::function<void()> bind(void* kernel, const void* params) {
-    static_assert(kWords > 2, "smaller structs travel in registers");
-    using Copy = Params<kWords, kAlignment>;
-    Copy copy;
-    std::memcpy(&copy, params, sizeof copy);
-    return [=] { reinterpret_cast<void (*)(Copy)>(kernel)(copy); };
-}
-using Bind = std::function<void()> (*)(void*, const void*);
-template <size_t kAlignment, size_t... kIndices>
-Bind bind_of(size_t words, std::index_sequence<kIndices...>) {
-    constexpr size_t kStep = kAlignment / 8;
-    constexpr std::array<Bind, sizeof...(kIndices)> kAll = {
-        bind<kStep * kIndices + (kStep == 1 ? 3 : kStep), kAlignment>...};
-    const size_t index = (words - (kStep == 1 ? 3 : kStep)) / kStep;
-    return index < kAll.size() ? kAll[index] : nullptr;
-}
-
 }  // namespace
 
 namespace emulation {
@@ -457,8 +398,9 @@ Wgmmas& wgmmas() { return cluster.current->wgmmas; }
 /// Runs a launch to its end. What went wrong, or null.
 extern "C" const char* run(const emulation::Launch* launch) {
     const size_t words = launch->params_bytes / 8;
-    const auto bind = launch->params_alignment == 64 ? bind_of<64>(words, std::make_index_sequence<12>())
-                                                     : bind_of<8>(words, std::make_index_sequence<24>());
+    const auto bind = launch->params_alignment == 64
+                          ? emulation::bind_of<64>(words, std::make_index_sequence<12>())
+                          : emulation::bind_of<8>(words, std::make_index_sequence<24>());
     if (!bind) return "no kernel takes parameters of this size";
     cluster.launch = launch;
     cluster.kernel = bind(launch->kernel, launch->params);
