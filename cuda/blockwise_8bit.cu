@@ -1,18 +1,18 @@
 // Blockwise 8-bit codes of a 256-entry map: quantize and dequantize.
 // Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2.
 //
-// Launch: grid = min(ceil_div(n, elements per CTA), 2^31 - 1); any alignment, any n > 0; no dynamic shared
-// memory.
+// Launch: any alignment, any n > 0, any grid; no dynamic shared memory. T = ceil_div(n, elements of a CTA's tile).
 //
-//   entry point                              threads  elements/warp  elements/CTA  static shared
-//   quantize_blockwise_{float16,bfloat16}        256       3 x 1024     3 x 8192        18.8 KB
-//   quantize_blockwise_float32                   256       3 x  512     3 x 4096        18.8 KB
-//   dequantize_blockwise_{float16,bfloat16}      256            512         4096           1 KB
-//   dequantize_blockwise_float32                 256            256         2048           1 KB
+//   entry point                              threads  elements/CTA  static shared  best grid
+//   quantize_blockwise_{float16,bfloat16}        256    tile: 8192        18.8 KB  s + ceil_div(T - s, 4)
+//   quantize_blockwise_float32                   256    tile: 4096        18.8 KB  with s = min(T, 792)
+//   dequantize_blockwise_{float16,bfloat16}      256          4096           1 KB  ceil_div(n, 4096)
+//   dequantize_blockwise_float32                 256          2048           1 KB  ceil_div(n, 2048)
 //
-// Three tiles for each warp of quantize_blockwise, since the next is requested before the last is encoded: with
-// one or two the signed dynamic map takes 5 % longer or 1 % less, but other maps, whose tables are made in every
-// CTA, take 10 to 15 % longer with two (H200).
+// The last 792 CTAs of quantize_blockwise do one tile, all others four. The signed dynamic map takes 1 to 2 % longer
+// if none is small, which leaves multiprocessors idle at the end; maps whose tables are made in every CTA take 13 %
+// longer with two tiles for each (H200). More CTAs on a multiprocessor than four are slower too, by 4 % with five and
+// 14 % with six: memory serves fewer streams better.
 #include "blockwise_8bit.cuh"
 
 /// Arguments of quantize_blockwise.
@@ -26,74 +26,99 @@ struct QuantizeBlockwiseParams {
 };
 static_assert(sizeof(QuantizeBlockwiseParams) == 48, "keep in step with the Rust mirror");
 
-template <typename T>
-constexpr int64_t kCtaElements = int64_t(WarpTile<T>::kElements) * (kEncoderThreads / 32);
-
-/// Whether the tiles of the CTA at `base` lie within the tensor, on addresses for vectors.
-template <typename T>
-__device__ __forceinline__ bool is_full(const QuantizeBlockwiseParams& p, int64_t base) {
-    const bool aligned =
-        (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0;
-    return aligned && base + kCtaElements<T> <= p.n;
-}
+/// Consecutive tiles of a CTA: many of the first ones, since a CTA makes its own tables, few of the last ones,
+/// so that all multiprocessors end together.
+constexpr int kManyTiles = 4, kFewTiles = 1;
 
 template <typename T>
-__device__ __forceinline__ void load_tile(const QuantizeBlockwiseParams& p, WarpTile<T>& tile, int64_t base,
-                                          int lane, int warp) {
-    const T* const input = static_cast<const T*>(p.input);
-    if (is_full<T>(p, base))
-        tile.template load<true>(input, base + warp * WarpTile<T>::kElements, p.n, lane);
-    else
-        tile.template load<false>(input, base + warp * WarpTile<T>::kElements, p.n, lane);
-}
+constexpr int kCtaElements = WarpTile<T>::kElements * (kEncoderThreads / 32);  // of one tile
 
-template <bool kFull, typename T, typename Encoder>
-__device__ __forceinline__ void quantize_tile(const QuantizeBlockwiseParams& p, const WarpTile<T>& tile,
-                                              const Encoder& encoder, const BlockLane<T>& self,
-                                              uint32_t* warp_max, int64_t first) {
-    const float inverse = block_scales<kFull, kEncoderThreads>(tile, self, warp_max, p.absmax, first, p.n);
-    encode_tile<kFull>(tile, encoder, inverse, self, p.codes, first, p.n);
-}
-
-/// Encodes the tile in hand, which begins at this CTA's first element, and all that follow; the next is
-/// requested before the last is encoded.
+/// Encodes `num` > 0 full tiles, the first of which is in hand. A row of the next is requested when that of
+/// the last is encoded, into the same registers.
 template <typename T, typename Encoder>
-__device__ __forceinline__ void quantize_tiles(const QuantizeBlockwiseParams& p, WarpTile<T> tile,
-                                               const Encoder& encoder, int lane, int warp) {
+__device__ __forceinline__ void quantize_full_tiles(const QuantizeBlockwiseParams& p, WarpTile<T>& tile,
+                                                    const Encoder& encoder, const BlockLane<T>& self,
+                                                    uint32_t (&warp_max)[2][kEncoderThreads / 32],
+                                                    int64_t base, int64_t num) {
+    const int64_t first = base + self.warp * WarpTile<T>::kElements;
+    const uint4* input = reinterpret_cast<const uint4*>(static_cast<const T*>(p.input) + first) + self.lane;
+    uint8_t* codes = p.codes + first;
+    float* absmax = p.absmax + (first >> self.shift) + (self.start >> self.shift);
+    for (int turn = 0;; turn ^= 1) {
+        const Scale scale = scale_of<1>(block_absmax<kEncoderThreads>(tile, self, warp_max[turn]));
+        if (self.is_first) *absmax = scale.absmax;
+        const bool more = --num > 0;
+        input += kCtaElements<T> / kPerVector<T>;
+        encode_tile<true>(tile, encoder, scale.inverse, self, codes, 0, [&](int r) {
+            if (more) tile.row[r] = load_streaming(input + r * 32);
+        });
+        if (!more) return;
+        codes += kCtaElements<T>;
+        absmax += kCtaElements<T> >> self.shift;
+    }
+}
+
+/// The tiles of a CTA, which are full up to `full_end`. The last CTA takes all that are left, so that any grid
+/// is right.
+struct TileRange {
+    int64_t begin, end, full_end;
+
+    template <int kMany, int kFew>
+    static __device__ __forceinline__ TileRange of_cta(int64_t num_tiles, int64_t num_full) {
+        const int64_t num_ctas = gridDim.x, cta = blockIdx.x;
+        const int64_t num_large =
+            ::max((num_tiles - kFew * num_ctas + kMany - kFew - 1) / (kMany - kFew), int64_t(0));
+        const int64_t begin = kFew * cta + (kMany - kFew) * ::min(cta, num_large),
+                      size = cta < num_large ? kMany : kFew,
+                      end = cta + 1 == num_ctas ? num_tiles : ::min(begin + size, num_tiles);
+        return {begin, end, ::min(end, num_full)};
+    }
+};
+
+/// Encodes `tiles`, of which the first is in hand if it is full.
+template <typename T, typename Encoder>
+__device__ __forceinline__ void quantize_tiles(const QuantizeBlockwiseParams& p, WarpTile<T>& tile,
+                                               const TileRange& tiles, const Encoder& encoder, int lane,
+                                               int warp) {
     __shared__ uint32_t
         warp_max[2][kEncoderThreads / 32];  // taken in turn: a warp is at most one barrier ahead
     const BlockLane<T> self(p.block_shift, lane, warp);
-    int turn = 0;
-    for (int64_t base = blockIdx.x * kCtaElements<T>; base < p.n; turn ^= 1) {
-        const int64_t here = base, first = base + warp * WarpTile<T>::kElements;
-        base += gridDim.x * kCtaElements<T>;
-        WarpTile<T> next;
-        if (base < p.n) load_tile(p, next, base, lane, warp);
-        if (is_full<T>(p, here))
-            quantize_tile<true>(p, tile, encoder, self, warp_max[turn], first);
-        else
-            quantize_tile<false>(p, tile, encoder, self, warp_max[turn], first);
-        tile = next;
+    if (tiles.begin < tiles.full_end)
+        quantize_full_tiles(p, tile, encoder, self, warp_max, tiles.begin * kCtaElements<T>,
+                            tiles.full_end - tiles.begin);
+    for (int64_t t = ::max(tiles.begin, tiles.full_end); t < tiles.end; ++t) {
+        const int64_t first = t * kCtaElements<T> + warp * WarpTile<T>::kElements;
+        tile.template load<false>(static_cast<const T*>(p.input), first, p.n, lane);
+        __syncthreads();  // warp_max
+        const float inverse =
+            block_scales<false, kEncoderThreads>(tile, self, warp_max[0], p.absmax, first, p.n);
+        encode_tile<false>(tile, encoder, inverse, self, p.codes + first, p.n - first, [](int) {});
     }
 }
 
 /// A CTA asks for its first tile, then for the map; which encoder the map takes is found out in every CTA, so
 /// that the host need not know the map. Full speed needs the input on 16 and the codes on 8 bytes.
-template <typename T>
+template <typename T, int kMany = kManyTiles, int kFew = kFewTiles>
 __device__ __forceinline__ void quantize_blockwise(const QuantizeBlockwiseParams& p) {
     __shared__ MapTables tables;
+    constexpr int kElements = kCtaElements<T>;
     const int lane = threadIdx.x % 32, warp = warp_in_cta();
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0;
+    const TileRange tiles =
+        TileRange::of_cta<kMany, kFew>((p.n + kElements - 1) / kElements, aligned ? p.n / kElements : 0);
     WarpTile<T> tile;
-    load_tile(p, tile, blockIdx.x * kCtaElements<T>, lane, warp);
+    if (tiles.begin < tiles.full_end)
+        tile.template load<true>(static_cast<const T*>(p.input),
+                                 tiles.begin * kElements + warp * WarpTile<T>::kElements, p.n, lane);
     if (fill_dynamic_table(tables, p.codebook))
-        return quantize_tiles(p, tile, DynamicEncoder{tables.entry}, lane, warp);
+        return quantize_tiles(p, tile, tiles, DynamicEncoder{tables.entry}, lane, warp);
     const BucketEncoder buckets = fill_bucket_table<true>(tables, p.codebook);
-    if (buckets.usable) return quantize_tiles(p, tile, buckets, lane, warp);
-    quantize_tiles(p, tile, SearchEncoder{tables.threshold, buckets.zero_code}, lane, warp);
+    if (buckets.usable) return quantize_tiles(p, tile, tiles, buckets, lane, warp);
+    quantize_tiles(p, tile, tiles, SearchEncoder{tables.threshold}, lane, warp);
 }
 
-/// CTAs of quantize_blockwise that must fit on a multiprocessor, without a spill: two tiles in registers take
-/// 64 to 80.
+/// CTAs of quantize_blockwise that must fit on a multiprocessor, without a spill.
 #if __CUDA_ARCH__ >= 1000
 constexpr int kQuantize8bitCtas = 3;
 #else

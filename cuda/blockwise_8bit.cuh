@@ -21,41 +21,38 @@ __device__ __forceinline__ void store_codes(uint8_t* codes, int64_t left,
 }
 
 /// Codes of a tile whose rows are scaled by the value of lane r of each group of `lanes` lanes
-/// (block_scales).
-template <bool kFull, typename T, typename Encoder>
-__device__ __forceinline__ void encode_tile(const WarpTile<T>& tile, const Encoder& encoder, float inverse,
-                                            const BlockLane<T>& self, uint8_t* codes, int64_t first,
-                                            int64_t n) {
+/// (block_scales). refill(r) may fill row r, which is no longer needed, with the next tile's.
+template <bool kFull, typename T, typename Encoder, typename Refill>
+__device__ __forceinline__ void encode_tile(WarpTile<T>& tile, const Encoder& encoder, float inverse,
+                                            const BlockLane<T>& self, uint8_t* codes, int64_t left,
+                                            const Refill& refill) {
     using Tile = WarpTile<T>;
     constexpr int kVector = Tile::kVector, kWords = kVector / 4;
-    uint32_t word[Tile::kRows][kWords];
+    if (__any_sync(0xffffffffu, inverse == 0.0f)) {  // a NaN or an Inf has no code: y is 0
+        #pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r)
+            if (__shfl_sync(0xffffffffu, inverse, r, self.lanes) == 0.0f)
+                tile.row[r] = make_uint4(0, 0, 0, 0);
+    }
     #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
         const float scale = __shfl_sync(0xffffffffu, inverse, r, self.lanes);
         const uint32_t w[4] = {tile.row[r].x, tile.row[r].y, tile.row[r].z, tile.row[r].w};
         float x[kVector];
         unpack<T>(tile.row[r], x);
+        uint32_t word[kWords];
         #pragma unroll
         for (int q = 0; q < kWords; ++q) {
             const float y[4] = {__fmul_rn(x[4 * q], scale), __fmul_rn(x[4 * q + 1], scale),
                                 __fmul_rn(x[4 * q + 2], scale), __fmul_rn(x[4 * q + 3], scale)};
             const uint32_t signs = kVector == 8 ? sign_mask(w[2 * q % 4], w[(2 * q + 1) % 4])
                                                 : sign_mask(w[0], w[1], w[2], w[3]);
-            word[r][q] = encoder(y, signs);
+            word[q] = encoder(y, signs);
         }
+        refill(r);
+        store_codes<kFull, kVector>(codes + r * Tile::kRowElements + self.lane * kVector,
+                                    left - r * Tile::kRowElements - self.lane * kVector, word);
     }
-    if (__any_sync(0xffffffffu, inverse == 0.0f)) {  // a NaN or an Inf has no code
-        #pragma unroll
-        for (int r = 0; r < Tile::kRows; ++r)
-            if (__shfl_sync(0xffffffffu, inverse, r, self.lanes) == 0.0f)
-                #pragma unroll
-                for (int q = 0; q < kWords; ++q) word[r][q] = encoder.zero_word();
-    }
-    const int64_t i = first + self.lane * kVector;
-    #pragma unroll
-    for (int r = 0; r < Tile::kRows; ++r)
-        store_codes<kFull, kVector>(codes + i + r * Tile::kRowElements, n - i - r * Tile::kRowElements,
-                                    word[r]);
 }
 
 /// Arguments of the kernels that decode 8-bit codes.

@@ -13,25 +13,21 @@ constexpr uint32_t kUnitLimit = 0x3f800004u;
 
 // ------------------------------------------------------------------------------------- signed dynamic map
 
-/// Look-up table of the magnitudes of the signed dynamic map: the code of a >= 0 is the top byte of `bits(a)
-/// + entry`.
+/// Look-up table of the magnitudes of the signed dynamic map: the code of a >= 0 is the top byte of `bits(u)
+/// + entry`, u = a + kOrigin.
 ///
-/// A bucket holds at most one threshold t, and the entry of one that begins in code c is (c << 24) + 2^24 - 1
-/// - bits(t): adding bits(a) carries into the top byte exactly when a > t. Codes 127 - c and 127 + c have
-/// mirrored midpoints and, as ties go to even codes, mirrored ties, so the magnitudes 0..128 serve both
-/// signs; only 128 (the value 1) has no negative.
+/// Buckets are the leading bits of u, 64 to an octave. One holds at most one threshold t, and the entry of one
+/// that begins in code c is (c << 24) + 2^24 - 1 - bits(t + kOrigin): adding bits(u) carries into the top byte
+/// exactly when a > t. kOrigin gives every a a bucket, by an addition: the pipe of maxima is the busier one.
 ///
-/// Buckets are the leading bits of `coordinate(a)`: 64 to an octave up to 0.127, and 64 equal ones from there
-/// to 1, where the thresholds lie 0.0140625 apart. So 32 elements of a normal tensor fall on fewer words than
-/// with octaves all the way: 2.7 wavefronts for a read instead of 3.2 (computed), and it is wavefronts that
-/// bound the encoder.
+/// Codes 127 - c and 127 + c have mirrored midpoints and, as ties go to even codes, mirrored ties, so the
+/// magnitudes 0..128 serve both signs; only 128 (the value 1) has no negative.
 struct DynamicTable {
     static constexpr int kShift = 17;
-    static constexpr float kSlope = 0.140625f,
-                           kShare = 0.109130859375f;    // few bits: no rounding before the last
-    static constexpr uint32_t kFirstBits = 0x34800000;  // below the smallest threshold
-    static constexpr int kNum =
-        int((0x3e800000u - kFirstBits) >> kShift);      // buckets: the coordinate of 1 is below 0.25
+    static constexpr float kOrigin = 0x1p-22f;  // below the smallest threshold
+    static constexpr uint32_t kFirstBucket = std::bit_cast<uint32_t>(kOrigin) >> kShift,
+                              kLastBucket = (kUnitLimit + 2) >> kShift;
+    static constexpr int kNum = int(kLastBucket - kFirstBucket) + 1;
     static constexpr int kPadded = (kNum + 3) / 4 * 4;  // whole sixteen-byte vectors
 
     alignas(16) uint32_t entry[kPadded];
@@ -43,24 +39,28 @@ constexpr uint32_t dynamic_threshold(int c) {
     const float sum = from_bits(DynamicMap::kValueBits[code]) + from_bits(DynamicMap::kValueBits[code + 1]);
     return std::bit_cast<uint32_t>(sum * 0.5f) - uint32_t(code % 2);
 }
-/// Bucket of the float with these bits, as the encoder computes it: the sum is exact in double.
-constexpr int dynamic_bucket(uint32_t bits) {
-    const float a = from_bits(bits), linear = float(double(a) * DynamicTable::kSlope + DynamicTable::kShare);
-    const uint32_t coordinate = std::bit_cast<uint32_t>(a < linear ? a : linear);
-    return int(coordinate >> DynamicTable::kShift) - int(DynamicTable::kFirstBits >> DynamicTable::kShift);
+/// Bits of u for the float with these bits, rounded as the encoder does: the sum is exact in double.
+constexpr uint32_t dynamic_shifted(uint32_t bits) {
+    return std::bit_cast<uint32_t>(float(double(from_bits(bits)) + DynamicTable::kOrigin));
 }
 constexpr int kDynamicThresholds = 128;
+/// An addition that rounds must not carry what lies above a threshold onto it.
+constexpr bool dynamic_thresholds_stay_apart() {
+    for (int c = 0; c < kDynamicThresholds; ++c)
+        if (dynamic_shifted(dynamic_threshold(c) + 1) == dynamic_shifted(dynamic_threshold(c))) return false;
+    return true;
+}
+static_assert(dynamic_thresholds_stay_apart(), "u must tell every threshold from the float above it");
 constexpr DynamicTable dynamic_table() {
     DynamicTable t{};
     int c = 0;  // thresholds below the bucket
-    uint32_t low = DynamicTable::kFirstBits;
     for (int e = 0; e < DynamicTable::kNum; ++e) {
-        const bool inside = c < kDynamicThresholds && dynamic_bucket(dynamic_threshold(c)) == e;
-        t.entry[e] = (uint32_t(c) << 24) + (inside ? 0x00ffffffu - dynamic_threshold(c) : 0u - low);
+        const uint32_t bucket = DynamicTable::kFirstBucket + uint32_t(e);
+        const uint32_t next = c < kDynamicThresholds ? dynamic_shifted(dynamic_threshold(c)) : ~0u;
+        const bool inside = next >> DynamicTable::kShift == bucket;
+        t.entry[e] =
+            (uint32_t(c) << 24) + (inside ? 0x00ffffffu - next : 0u - (bucket << DynamicTable::kShift));
         c += inside;
-        // a float in or just below the next bucket: no bucket is wider than an octave
-        const uint32_t step = 1u << DynamicTable::kShift;
-        while (dynamic_bucket(low + step / 8) <= e) low += step / 8;
     }
     return t;
 }
@@ -75,22 +75,19 @@ struct DynamicEncoder {
     const uint32_t* table;  // [DynamicTable::kPadded] shared memory
 
     __device__ __forceinline__ uint32_t magnitude(float y) const {
-        constexpr uint32_t kFirst = DynamicTable::kFirstBits;
-        const float a = fmaxf(fabsf(y), __uint_as_float(kFirst));
-        const float coordinate = fminf(a, __fmaf_rn(a, DynamicTable::kSlope, DynamicTable::kShare));
-        const uint32_t bucket = __float_as_uint(coordinate) >> DynamicTable::kShift;
-        return __float_as_uint(a) + table[int(bucket) - int(kFirst >> DynamicTable::kShift)];
+        const uint32_t u = __float_as_uint(__fadd_rn(fabsf(y), DynamicTable::kOrigin));
+        return u + table[int(u >> DynamicTable::kShift) - int(DynamicTable::kFirstBucket)];
     }
 
     /// Codes of four elements; `signs` holds 0xff for each that is negative. -0 may count as either.
     __device__ __forceinline__ uint32_t operator()(const float (&y)[4], uint32_t signs) const {
         const uint32_t c =
             gather_bytes<3>(magnitude(y[0]), magnitude(y[1]), magnitude(y[2]), magnitude(y[3]));
-        const uint32_t negative = (c - ((c >> 7) & 0x01010101u)) ^ 0x7f7f7f7fu;  // 127 - min(c, 127)
+        const uint32_t is_128 = permute_bytes(c, c, 0xba98);
+        const uint32_t negative = (c ^ 0x7f7f7f7fu) & ~is_128;  // 127 - min(c, 127)
         const uint32_t positive = c + 0x7f7f7f7fu;
         return (signs & negative) | (~signs & positive);
     }
-    __device__ __forceinline__ uint32_t zero_word() const { return DynamicMap::kZeroCode * 0x01010101u; }
 };
 
 // ------------------------------------------------------------------------------------- any map
@@ -118,7 +115,6 @@ struct SearchEncoder {
     static __device__ constexpr int position(int k) { return k + k / 32; }
 
     const float* threshold;  // [position(255)] shared memory
-    int zero_code;
 
     __device__ __forceinline__ uint32_t code(float y) const {
         int at = 0;  // position of the code
@@ -130,7 +126,6 @@ struct SearchEncoder {
     __device__ __forceinline__ uint32_t operator()(const float (&y)[4], uint32_t) const {
         return gather_bytes<0>(code(y[0]), code(y[1]), code(y[2]), code(y[3]));
     }
-    __device__ __forceinline__ uint32_t zero_word() const { return uint32_t(zero_code) * 0x01010101u; }
 };
 
 /// Maps with at most one threshold in each bucket of equal leading float bits: the method of DynamicTable,
@@ -145,8 +140,7 @@ struct BucketEncoder {
     const uint32_t* table;  // [num_buckets] shared memory
     int shift;              // mantissa bits that a bucket leaves free
     Side above, below;
-    float split;  // 0, or the float below where a threshold lies there
-    int zero_code;
+    float split;     // 0, or the float below where a threshold lies there
     uint32_t limit;  // |y| must not exceed the float with these bits
     bool usable;     // false: too many buckets, or two thresholds in one
 
@@ -162,7 +156,6 @@ struct BucketEncoder {
         }
         return gather_bytes<3>(sum[0], sum[1], sum[2], sum[3]) ^ down;
     }
-    __device__ __forceinline__ uint32_t zero_word() const { return uint32_t(zero_code) * 0x01010101u; }
 };
 
 /// Threads of a CTA that encodes: the tables are built with one thread for each map entry.
@@ -310,7 +303,6 @@ __device__ __forceinline__ BucketEncoder fill_bucket_table(MapTables& tables, co
             {above.low << shift, -int(above.low)},
             {below.low << shift, int(above.num_buckets) - int(below.low)},
             num_split ? float_below(0.0f) : 0.0f,
-            count.negative(),
             limit,
             usable};
 }

@@ -155,6 +155,7 @@ extern "C" __global__ __launch_bounds__(kEncoderThreads) void quantize_absmax(
             tile.row[r] = pack<float>(x);
         }
         const float inverse = block_scales<false, kEncoderThreads>(tile, self, nullptr, p.scale, first, p.n);
-        encode_tile<false>(tile, DynamicEncoder{table.entry}, inverse, self, p.codes, first, p.n);
+        encode_tile<false>(tile, DynamicEncoder{table.entry}, inverse, self, p.codes + first, p.n - first,
+                           [](int) {});
     }
 }

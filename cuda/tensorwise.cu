@@ -150,7 +150,7 @@ __device__ __forceinline__ void quantize(const QuantizeParams& p) {
     if (buckets.usable)
         encode<T>(p, buckets, limit, divider);
     else
-        encode<T>(p, SearchEncoder{tables.threshold, buckets.zero_code}, limit, divider);
+        encode<T>(p, SearchEncoder{tables.threshold}, limit, divider);
 }
 
 #define ENTRY_POINTS(dtype)                                                                   \

@@ -55,15 +55,13 @@ struct BlockLane {
                          kTileShift = kRowShift + 2;
 };
 
-/// Stores the absmax of every block of a tile. Returns the reciprocal (0 for a block that is zero or holds a
-/// NaN or an Inf) for the block of row `lane % 4` in this lane's group of self.lanes lanes, so that a tile
-/// pays for one division: row r is scaled by the value of lane r of its group.
+/// Bits of the absmax of the block of row `lane % 4` in this lane's group of self.lanes lanes.
 ///
 /// If blocks span warps, all threads of the CTA must call, with a `warp_max` [kThreads / 32] that no warp
 /// still reads.
-template <bool kFull, int kThreads, typename T>
-__device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const BlockLane<T>& self,
-                                              uint32_t* warp_max, float* absmax, int64_t first, int64_t n) {
+template <int kThreads, typename T>
+__device__ __forceinline__ uint32_t block_absmax(const WarpTile<T>& tile, const BlockLane<T>& self,
+                                                 uint32_t* warp_max) {
     using Tile = WarpTile<T>;
     static_assert(Tile::kRows == 4, "the exchange below is for four maxima");
     static_assert(Tile::kElements * (kThreads / 32) >= 4096, "the largest block must fit into a CTA's tiles");
@@ -99,8 +97,16 @@ __device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const Blo
         for (int d = 1; d < kThreads / 32; d *= 2)
             if (d < self.warps) bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, d));
     }
+    return bits;
+}
 
-    const Scale scale = scale_of<1>(bits);
+/// Stores the absmax of every block of a tile. Returns the reciprocal (0 for a block that is zero or holds a
+/// NaN or an Inf) for the block of this lane (block_absmax), so that a tile pays for one division: row r is
+/// scaled by the value of lane r of its group.
+template <bool kFull, int kThreads, typename T>
+__device__ __forceinline__ float block_scales(const WarpTile<T>& tile, const BlockLane<T>& self,
+                                              uint32_t* warp_max, float* absmax, int64_t first, int64_t n) {
+    const Scale scale = scale_of<1>(block_absmax<kThreads>(tile, self, warp_max));
     if (self.is_first && (kFull || first + self.start < n))
         absmax[(first >> self.shift) + (self.start >> self.shift)] = scale.absmax;
     return scale.inverse;

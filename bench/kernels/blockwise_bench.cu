@@ -16,10 +16,10 @@ __global__ __launch_bounds__(kThreads) void dequantize_4bit_variant(
     const __grid_constant__ Dequantize4bitParams p) {
     dequantize_4bit<T, Nf4, kNested, kRows, kThreads>(p);
 }
-template <typename T, int kMinCtas>
+template <typename T, int kMany, int kMinCtas>
 __global__ __launch_bounds__(256, kMinCtas) void quantize_8bit_variant(
     const __grid_constant__ QuantizeBlockwiseParams p) {
-    quantize_blockwise<T>(p);
+    quantize_blockwise<T, kMany, 1>(p);
 }
 template <typename T, int kRows, int kThreads>
 __global__ __launch_bounds__(kThreads) void dequantize_8bit_variant(
@@ -73,17 +73,24 @@ class Timing {
         const auto product = Entry<T>::quantize_8bit;
         copy_ = sizeof(T) == 2 ? Copy::of<2, 1>(pools_, 201e6) : Copy::of<4, 1>(pools_, 336e6);
         for (int block_size : {64, 256, 1024, 4096})
-            time_quantize_8bit("dynamic", product, dynamic_map(), block_size, 2);
-        for (int tiles : {1, 3, 4}) time_quantize_8bit("dynamic", product, dynamic_map(), 256, tiles);
-        time_quantize_8bit("dynamic, 3 CTAs", quantize_8bit_variant<T, 3>, dynamic_map(), 256, 2);
+            time_quantize_8bit("dynamic", product, dynamic_map(), block_size);
+        for (int num_small : {0, 264, 528, 1056})
+            time_quantize_8bit("dynamic", product, dynamic_map(), 256, kManyTiles, num_small);
+        time_quantize_8bit("dynamic", quantize_8bit_variant<T, 2, 4>, dynamic_map(), 256, 2);
+        time_quantize_8bit("dynamic", quantize_8bit_variant<T, 5, 4>, dynamic_map(), 256, 5);
+        time_quantize_8bit("dynamic, 3 CTAs", quantize_8bit_variant<T, kManyTiles, 3>, dynamic_map(), 256);
+        time_quantize_8bit("dynamic, 5 CTAs", quantize_8bit_variant<T, kManyTiles, 5>, dynamic_map(), 256);
         const std::pair<const char*, Map> maps[] = {{"unsigned", unsigned_dynamic_map()},
                                                     {"linear", linear_map()},
                                                     {"e4m3", fp8_map(4, 3)},
                                                     {"e5m2", fp8_map(5, 2)},
                                                     {"normal", normal_map()},
                                                     {"crowded", crowded_map()}};
-        for (const auto& [name, map] : maps)
-            for (int tiles : {2, 3, 4}) time_quantize_8bit(name, product, map, 256, tiles);
+        for (const auto& [name, map] : maps) {
+            time_quantize_8bit(name, product, map, 256);
+            time_quantize_8bit(name, quantize_8bit_variant<T, 2, 4>, map, 256, 2);
+            time_quantize_8bit(name, quantize_8bit_variant<T, 5, 4>, map, 256, 5);
+        }
     }
 
     void dequantize_8bit_kernels() {
@@ -142,14 +149,15 @@ class Timing {
         report(label("dequantize " + what), us, bytes, copy_);
     }
     void time_quantize_8bit(const std::string& what, void (*kernel)(QuantizeBlockwiseParams), const Map& map,
-                            int block_size, int tiles) const {
+                            int block_size, int many = kManyTiles, int num_small = 792) const {
         const Buffer<float> device_map(map);
+        const int64_t num_large = ceil_div(ceil_div(kN, kCtaElements<T>) - num_small, many);
         const float us = time_us(kSets, [&](int i, cudaStream_t s) {
             launch(kernel, {x(i), device_map.data(), codes(i), absmax(i), kN, log2_of(block_size)},
-                   per_cta<T>(int64_t(tiles) * 8192), s);
+                   ceil_div(kN, num_small + num_large), s);
         });
         report(label("quantize 8-bit " + what + " " + std::to_string(block_size) + ", tiles " +
-                     std::to_string(tiles)),
+                     std::to_string(many) + ", small CTAs " + std::to_string(num_small)),
                us, kN * (sizeof(T) + 1 + 4.0 / block_size), copy_);
     }
     void time_dequantize_8bit(const std::string& what, void (*kernel)(Dequantize8bitParams), const float* map,
