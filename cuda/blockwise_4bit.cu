@@ -75,6 +75,7 @@ __device__ __forceinline__ void quantize_4bit_tile(const Quantize4bitParams& p,
 /// barrier. Full speed needs the input on 16 and the codes on 4 bytes.
 template <typename T, typename Codebook, int kThreads>
 __device__ __forceinline__ void quantize_4bit(const Quantize4bitParams& p) {
+    wait_for_earlier_kernels();
     constexpr int kElements = WarpTile<T>::kElements;
     constexpr int64_t kCtaElements = int64_t(kElements) * (kThreads / 32);
     __shared__ uint32_t warp_max[2][kThreads / 32];  // taken in turn: a warp is at most one barrier ahead
@@ -163,6 +164,7 @@ __device__ __forceinline__ void dequantize_4bit_tile(const Dequantize4bitParams&
 /// %.
 template <typename T, typename Codebook, bool kNested, int kRows, int kThreads>
 __device__ __forceinline__ void dequantize_4bit(const Dequantize4bitParams& p) {
+    wait_for_earlier_kernels();
     constexpr int kElements = kRows * 32 * kPerVector<T>;
     constexpr int64_t kCtaElements = int64_t(kElements) * (kThreads / 32);
     const int lane = threadIdx.x % 32;
@@ -206,6 +208,7 @@ constexpr int64_t kPackCtaCodes = 2 * kPackThreads * kPackCodes;
 
 extern "C" __global__ __launch_bounds__(kPackThreads) void pack_4bit(
     const __grid_constant__ Pack4bitParams p) {
+    wait_for_earlier_kernels();
     const bool aligned =
         (reinterpret_cast<uintptr_t>(p.codes) | reinterpret_cast<uintptr_t>(p.packed) << 1) % 16 == 0;
     for (int64_t base = blockIdx.x * kPackCtaCodes; base < p.n; base += gridDim.x * kPackCtaCodes) {
@@ -236,6 +239,7 @@ static_assert(sizeof(Unpack4bitParams) == 24, "keep in step with the Rust mirror
 
 extern "C" __global__ __launch_bounds__(kPackThreads) void unpack_4bit(
     const __grid_constant__ Unpack4bitParams p) {
+    wait_for_earlier_kernels();
     const bool aligned =
         (reinterpret_cast<uintptr_t>(p.codes) | reinterpret_cast<uintptr_t>(p.packed) << 1) % 16 == 0;
     for (int64_t base = blockIdx.x * kPackCtaCodes; base < p.n; base += gridDim.x * kPackCtaCodes) {

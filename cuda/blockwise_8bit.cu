@@ -100,6 +100,7 @@ __device__ __forceinline__ void quantize_tiles(const QuantizeBlockwiseParams& p,
 /// that the host need not know the map. Full speed needs the input on 16 and the codes on 8 bytes.
 template <typename T, int kMany = kManyTiles, int kFew = kFewTiles>
 __device__ __forceinline__ void quantize_blockwise(const QuantizeBlockwiseParams& p) {
+    wait_for_earlier_kernels();
     __shared__ MapTables tables;
     constexpr int kElements = kCtaElements<T>;
     const int lane = threadIdx.x % 32, warp = warp_in_cta();

@@ -117,6 +117,7 @@ struct EncodedTile {
 /// output on 16 bytes.
 template <typename T, int kRows, int kThreads>
 __device__ __forceinline__ void dequantize_8bit(const Dequantize8bitParams& p) {
+    wait_for_earlier_kernels();
     using Tile = EncodedTile<T, kRows>;
     constexpr int64_t kCtaElements = int64_t(Tile::kElements) * (kThreads / 32);
     __shared__ float map[256];

@@ -268,11 +268,11 @@ __device__ __forceinline__ void gemm_4bit_mid(const Gemm4bitMidParams& p) {
             named_barrier_arrive(kReady, S::kThreads);
             if (threadIdx.x == S::kConsumers) copy<S>(p, part, base, first_token);
         } else if (warp <= S::kScaleWarps) {
+            if (!p.o.weights_ready) dependency_wait();
             RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers - 32,
                                              32 * S::kScaleWarps);
             __syncwarp();
             if (p.o.absmax_scale != nullptr) named_barrier(kMapReady, 32 * S::kScaleWarps);
-            if (!p.o.weights_ready) dependency_wait();
             bring_scales<S>(p, part, base);
         } else {
             named_barrier_arrive(kReady, S::kThreads);

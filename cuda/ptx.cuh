@@ -63,9 +63,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 
 /// Makes the compiler forget how v was computed, so that it keeps the register instead of computing v again at
 /// every use.
-__device__ __forceinline__ void keep_in_register(uint32_t& v) {
-    asm volatile("" : "+r"(v));
-}
+__device__ __forceinline__ void keep_in_register(uint32_t& v) { asm volatile("" : "+r"(v)); }
 template <typename T>
 __device__ __forceinline__ void keep_in_register(T*& v) {
     asm volatile("" : "+l"(v));
@@ -81,6 +79,14 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     uint32_t v;
     asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
+}
+
+/// Until the kernels before this one are done: a launch may let it start earlier (`Launch::waits`). Every CTA calls this
+/// before it reads or writes global memory.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /// Brings the line of p into L2.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import qbits
 import torch
-from qbits import errors, functional
+from qbits import errors, functional, ops
+from qbits.codebooks import create_dynamic_map
 from torch import nn
 
 
@@ -121,3 +122,41 @@ def test_compiled_models_run_inside():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), qbits.dependent_launch(model):
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 40, 300])
+def test_what_comes_behind_a_kernel_that_lets_it_start_waits_for_the_end(M):
+    size = 4096
+    weight = functional.quantize_4bit(torch.randn(size, size, device="cuda"))
+    weight = (weight.packed, weight.absmax, size, size, "nf4", 64)
+    x = torch.randn(M, size, device="cuda", dtype=torch.bfloat16)
+    product = torch.empty_like(x)
+    data = product.view(-1).view(torch.uint8)
+    n, ones, table = data.numel(), torch.ones(M * size, device="cuda"), create_dynamic_map().cuda()
+    behind = {
+        "quantize_4bit": lambda: ops.quantize_4bit(product, "nf4", 64),
+        "dequantize_4bit": lambda: ops.dequantize_4bit(data, ones[: n // 32], 2 * n, "nf4", 64, x.dtype),
+        "quantize_blockwise": lambda: ops.quantize_blockwise(product, table, 64),
+        "dequantize_blockwise": lambda: ops.dequantize_blockwise(data, ones[: n // 64], table, 64, x.dtype),
+        "dequantize": lambda: ops.dequantize(data, ones[0], table, x.dtype),
+        "pack_4bit": lambda: ops.pack_4bit(data, "nf4"),
+        "unpack_4bit": lambda: ops.unpack_4bit(data, 2 * n),
+        "gemm_4bit": lambda: ops.gemm_4bit(product, *weight),
+    }
+    for name, op in behind.items():
+        for _ in range(10):
+            product.zero_()
+            ops.gemm_4bit(x, *weight, out=product)
+            early = op()
+            torch.cuda.synchronize()
+            late = op()
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (early, late)), strict=True):
+                assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)), name
+    want = product.clone()
+    for _ in range(10):
+        y = x.clone()
+        ops.gemm_4bit(y, *weight, out=product)
+        over = y.view(-1).view(torch.uint8)[: n // 4], ones[: n // 128]
+        ops.quantize_4bit(want, "nf4", 64, out=over)
+        assert torch.equal(product, want)

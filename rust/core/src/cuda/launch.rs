@@ -56,18 +56,21 @@ pub struct Launch {
     pub cluster: u32,
     /// The kernel may start before earlier work of the stream has ended, because it waits for that itself.
     pub dependent: bool,
+    /// The same, as far as the device's image of it was compiled for 9.0 or later, which has the instruction. A dependent
+    /// launch takes the host 0.3 us less.
+    pub waits: bool,
 }
 
 impl Launch {
     /// Without dynamic shared memory, clusters and overlap.
     pub const fn new(symbol: Symbol, grid: u64, threads: u32) -> Self {
-        Self { symbol, grid, grid_y: 1, threads, shared_bytes: 0, cluster: 1, dependent: false }
+        Self { symbol, grid, grid_y: 1, threads, shared_bytes: 0, cluster: 1, dependent: false, waits: false }
     }
 }
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { symbol, grid, grid_y, threads, shared_bytes, cluster, dependent } = self;
+        let Self { symbol, grid, grid_y, threads, shared_bytes, cluster, dependent, waits: _ } = self;
         write!(f, "{symbol}<<<{grid}")?;
         if *grid_y != 1 {
             write!(f, " x {grid_y}")?;
@@ -138,7 +141,7 @@ impl Runtime {
         if settings.full_check {
             check_stream(driver, op, stream, gpu.context(driver, op)?)?;
         }
-        let (mut attributes, num_attributes) = attributes(launch);
+        let (mut attributes, num_attributes) = attributes(launch, &kernel);
         let config = sys::CUlaunchConfig {
             // `check_plan` compared it with the device's limit, which is below 2^31.
             gridDimX: launch.grid as c_uint,
@@ -168,7 +171,7 @@ impl Runtime {
 
 /// The launch's attributes, and how many of them count.
 #[inline]
-fn attributes(launch: &Launch) -> ([sys::CUlaunchAttribute; 2], c_uint) {
+fn attributes(launch: &Launch, kernel: &Kernel) -> ([sys::CUlaunchAttribute; 2], c_uint) {
     use sys::CUlaunchAttributeID as Id;
     let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
     let none = || attribute(Id::CU_LAUNCH_ATTRIBUTE_IGNORE, sys::CUlaunchAttributeValue { pad: [0; 64] });
@@ -179,7 +182,7 @@ fn attributes(launch: &Launch) -> ([sys::CUlaunchAttribute; 2], c_uint) {
         attributes[count] = attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value);
         count += 1;
     }
-    if launch.dependent {
+    if launch.dependent || launch.waits && kernel.can_wait {
         let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
         value.programmaticStreamSerializationAllowed = 1;
         attributes[count] = attribute(Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value);

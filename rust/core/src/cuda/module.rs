@@ -84,6 +84,8 @@ pub(super) struct Kernel {
     pub param_bytes: usize,
     pub max_threads: u32,
     pub max_dynamic_shared_bytes: u32,
+    /// It was compiled for 9.0 or later, so that it can wait for earlier work itself.
+    pub can_wait: bool,
 }
 
 /// What was loaded, and which kernels were checked.
@@ -209,6 +211,8 @@ fn inspect(driver: &Driver, op: &str, name: &str, kernel: sys::CUkernel, gpu: &G
     let registers = attribute(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
     let own_max_threads = attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
     let static_shared_bytes = attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+    // of the code before its translation: a newer GPU may run what was written for an older one
+    let can_wait = attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= 90;
     let limits = &gpu.limits;
     let Some(max_dynamic_shared_bytes) = limits.shared_bytes_optin.checked_sub(static_shared_bytes) else {
         let (most, rule) = (limits.shared_bytes_optin, "must fit into the device's shared memory");
@@ -228,7 +232,7 @@ fn inspect(driver: &Driver, op: &str, name: &str, kernel: sys::CUkernel, gpu: &G
         .min(limits.max_threads_per_block)
         .min(limits.registers_per_block / warp_registers * 32);
     let param_bytes = only_parameter(driver, op, name, kernel)?;
-    Ok(Kernel { handle: kernel, param_bytes, max_threads, max_dynamic_shared_bytes })
+    Ok(Kernel { handle: kernel, param_bytes, max_threads, max_dynamic_shared_bytes, can_wait })
 }
 
 /// Bytes of the kernel's parameter. That there is only one is the build's to check: asking the driver for a second is an

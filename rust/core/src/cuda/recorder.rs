@@ -21,6 +21,8 @@ pub(crate) struct Machine {
     pub driver_version: c_int,
     /// Threads that the driver says every kernel allows, unless its launch bounds allow fewer.
     pub kernel_max_threads: u32,
+    /// What the driver says that every kernel was compiled for.
+    pub ptx_version: c_int,
     /// A capture in global mode is in progress on every stream.
     pub is_capturing: bool,
     pub settings: Settings,
@@ -40,6 +42,7 @@ impl Machine {
             images: images(),
             driver_version: 13_000,
             kernel_max_threads: 1024,
+            ptx_version: 90,
             is_capturing: false,
             settings: Settings::default(),
             failures: HashMap::new(),

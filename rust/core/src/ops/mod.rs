@@ -55,10 +55,10 @@ macro_rules! host_weight {
 }
 pub(crate) use host_weight;
 
-/// A launch over `n` elements, `per_block` to a thread block, without dynamic shared memory.
+/// A launch over `n` elements, `per_block` to a thread block, without dynamic shared memory, of a kernel that waits.
 fn launch_over(symbol: Symbol, n: i64, per_block: u64, threads: u32) -> Launch {
     let grid = (n as u64).div_ceil(per_block).min(MAX_GRID);
-    Launch::new(symbol, grid, threads)
+    Launch { waits: true, ..Launch::new(symbol, grid, threads) }
 }
 
 /// The kernel of `family` for a dtype.

@@ -73,6 +73,15 @@ fn clusters_and_overlap_reach_the_driver_as_attributes() {
 }
 
 #[test]
+fn a_kernel_that_waits_is_a_dependent_one_only_where_it_was_compiled_for_hopper() {
+    for (ptx_version, waits) in [(80, true), (90, false), (90, true), (100, true)] {
+        let recorder = Recorder::install(Machine { ptx_version, ..machine() });
+        launch_copy(Launch { waits, ..PLAN }, 0).unwrap();
+        assert_eq!(recorder.launches()[0].dependent, waits && ptx_version >= 90, "{ptx_version}, {waits}");
+    }
+}
+
+#[test]
 fn a_cluster_beyond_the_device_is_refused() {
     let mut machine = machine();
     let recorder = Recorder::install(machine.clone());

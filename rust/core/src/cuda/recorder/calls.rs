@@ -141,6 +141,7 @@ stand_ins! {
         const REGISTERS: c_uint = KernelAttribute::CU_FUNC_ATTRIBUTE_NUM_REGS as c_uint;
         const SHARED: c_uint = KernelAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as c_uint;
         const THREADS: c_uint = KernelAttribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK as c_uint;
+        const PTX_VERSION: c_uint = KernelAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION as c_uint;
         match (state.kernel(kernel as usize), attribute) {
             (None, _) => INVALID_HANDLE,
             (Some(info), REGISTERS) => put(value, info.registers as c_int),
@@ -148,6 +149,7 @@ stand_ins! {
             (Some(info), THREADS) => {
                 put(value, info.max_threads.min(state.machine.kernel_max_threads) as c_int)
             }
+            (Some(_), PTX_VERSION) => put(value, state.machine.ptx_version),
             _ => INVALID_VALUE,
         }
     };

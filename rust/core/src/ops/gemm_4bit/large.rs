@@ -81,6 +81,7 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
         shared_bytes: SHARED_BYTES,
         cluster: variant.parts as u32,
         dependent: weights_are_ready,
+        waits: true,
         ..Launch::new(symbol, grid, variant.threads)
     };
     let input = wgmma::input_map(op, variant.tokens as u32, 1);

@@ -106,6 +106,7 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
         shared_bytes: variant.shared_bytes,
         cluster,
         dependent: weights_are_ready,
+        waits: true,
         ..Launch::new(symbol, grid, variant.threads)
     };
     let input = wgmma::input_map(op, variant.tokens as u32, variant.stage_columns / 64);

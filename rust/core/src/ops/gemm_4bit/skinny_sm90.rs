@@ -71,7 +71,8 @@ pub(super) fn plan(
         (true, true) => "gemm_4bit_skinny_columns14336_nested",
     };
     let symbol = Symbol { family, dtype: Some(op.input.dtype), codebook: "", number: tokens };
-    let launch = Launch { shared_bytes, dependent: weights_are_ready, ..Launch::new(symbol, grid, threads) };
+    let plain = Launch::new(symbol, grid, threads);
+    let launch = Launch { shared_bytes, dependent: weights_are_ready, waits: true, ..plain };
     let problem = params(op, (num_tiles / grid) as i32, (num_tiles % grid) as i32);
     Ok((launch, SkinnySm90Params::new(op, problem, weights_are_ready)?))
 }
