@@ -1,4 +1,7 @@
-"""Host time of one call of `qbits.ops` with given tensors: without a launch (no elements), and with it."""
+"""Host time of one call of `qbits.ops` with given tensors: without a launch (no elements), and with it.
+
+And of a forward of one layer with one row, beside torch's.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from common import Report, arguments, host_ns, peer
 from qbits import ops
 from qbits.codebooks import create_dynamic_map
+from qbits.nn import Linear4bit
 
 # the driver's queue takes about a thousand launches before it makes the caller wait
 CALLS_PER_REPEAT = 400
@@ -37,6 +41,20 @@ def calls(n: int, device: str) -> dict[str, Callable[[], Any]]:
     }
 
 
+def forwards(device: str) -> dict[str, Callable[[], Any]]:
+    """One layer with one row, in two dimensions and in three; the GPU is done before the host is."""
+    linear = torch.nn.Linear(1024, 1024, bias=False, device=device, dtype=torch.bfloat16)
+    layer = Linear4bit.from_linear(linear, "nf4")
+    flat = torch.randn(1, 1024, device=device, dtype=torch.bfloat16)
+    deep = flat.view(1, 1, 1024)
+    return {
+        "Linear4bit": lambda: layer(flat),
+        "Linear4bit, 3 dimensions": lambda: layer(deep),
+        "nn.Linear": lambda: linear(flat),
+        "nn.Linear, 3 dimensions": lambda: linear(deep),
+    }
+
+
 def peer_calls(n: int, device: str, bnb: Any) -> dict[str, Callable[[], Any]]:
     """What torch and bitsandbytes take for calls of the same kind."""
     x = torch.randn(n, device=device, dtype=torch.bfloat16)
@@ -59,6 +77,10 @@ def measure(report: Report, device: str, bnb: Any, num_repeats: int) -> None:
         before = host_ns(empty[name], CALLS_PER_REPEAT, num_repeats)
         whole = host_ns(small[name], CALLS_PER_REPEAT, num_repeats)
         report.add(call=name, device=device, before_launch_us=before / 1e3, with_launch_us=whole / 1e3)
+    with torch.no_grad():
+        for name, call in forwards(device).items():
+            whole = host_ns(call, CALLS_PER_REPEAT, num_repeats)
+            report.add(call=name, device=device, before_launch_us=None, with_launch_us=whole / 1e3)
     for name, call in peer_calls(4096, device, bnb).items():
         try:
             whole = host_ns(call, CALLS_PER_REPEAT, num_repeats)

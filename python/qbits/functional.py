@@ -23,6 +23,10 @@ from qbits.errors import ArgumentTypeError, ArgumentValueError, NotQuantizedErro
 from qbits.interop import FLOATS, contiguous, dtype_of, in_kind
 from qbits.records import QTensor4, QTensor8
 
+# bound here: a forward asks both, and every dot on the way takes 15 to 25 ns
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+
 __all__ = [
     "QTensor4",
     "QTensor8",
@@ -157,26 +161,32 @@ def multiply_4bit(
     """Compute `linear_4bit` with a weight given as `weight_arguments` does."""
     packed, absmax, N, K, codebook, block_size, scale, offset, table = weight
     shape = input.shape
-    if len(shape) == 0 or shape[-1] != K:
+    if not shape or shape[-1] != K:
         raise ShapeError(f"qbits::linear_4bit: input must have shape [*, {K}], got {list(shape)}")
     if not isinstance(input, torch.Tensor):
         return _linear_4bit_foreign(input, weight, bias, compute_dtype, out)
-    dtype = input.dtype
-    if torch._C._is_any_autocast_enabled():
-        device_type = input.device.type
-        if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-    operand_dtype = dtype if compute_dtype is None else compute_dtype
-    rows = (input if input.dtype == operand_dtype else input.to(operand_dtype)).contiguous()
+    rows, dtype = input, None  # None: the input's
+    if compute_dtype is not None or _is_any_autocast_enabled():
+        rows, dtype = _rounded(input, compute_dtype)
+    rows = rows.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    recorded = torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad))
+    recorded = _is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad))
     if out is not None:
         outputs.refuse_gradient("linear_4bit", out, recorded)
-        return _linear_4bit_into(out, input, rows, weight, bias, dtype)
+        return _linear_4bit_into(out, input, rows, weight, bias, input.dtype if dtype is None else dtype)
     product = Gemm4bit.apply if recorded else ops.gemm_4bit
     result = product(rows, packed, absmax, N, K, codebook, block_size, bias, scale, offset, table)
-    return result if result.dtype == dtype else result.to(dtype)
+    return result if dtype is None or result.dtype == dtype else result.to(dtype)
+
+
+def _rounded(input: torch.Tensor, compute_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
+    """Return the input as operand, and the dtype of the output: autocast's where it is on."""
+    dtype, device_type = input.dtype, input.device.type
+    if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    operand_dtype = dtype if compute_dtype is None else compute_dtype
+    return (input if input.dtype == operand_dtype else input.to(operand_dtype)), dtype
 
 
 def _gemm_4bit(rows: Any, weight: tuple[Any, ...], bias: Any, out: Any) -> Any:
