@@ -1,10 +1,14 @@
 //! Threads of the CPU kernels, rebuilt after a fork, and the floating-point environment that they compute in.
 
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Elements below which waking another thread costs more than it saves (about 10 us against 20 us of work).
 const MIN_PARALLEL: usize = 64 * 1024;
+/// How long a thread stays awake for the next call: waking it takes up to 0.2 ms on a virtual machine, the whole time of
+/// some calls. OpenMP's threads, torch's among them, stay awake for longer.
+const LINGER: Duration = Duration::from_micros(100);
 /// Elements that make the cost of handing out a part small.
 const MIN_PART: usize = 16 * 1024;
 
@@ -76,12 +80,41 @@ where
             }
         }
     };
+    let num_busy = AtomicUsize::new(threads - 1);
     workers.in_place_scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(|_| run());
+            scope.spawn(|_| {
+                let _ended = Countdown(&num_busy);
+                run();
+                rayon::spawn(linger);
+            });
         }
         run();
+        // The others end within one part, for which the end of the scope would put this thread to sleep.
+        spin_until(|| num_busy.load(Ordering::Acquire) == 0);
     });
+}
+
+/// Keeps this thread of the pool awake for a while, for work that comes meanwhile.
+fn linger() {
+    spin_until(|| rayon::yield_now() == Some(rayon::Yield::Executed));
+}
+
+/// Asks again and again for the time that a thread stays awake: more would harm where threads share a core.
+fn spin_until(is_done: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !is_done() && begin.elapsed() < LINGER {
+        std::hint::spin_loop();
+    }
+}
+
+/// Counts down when dropped, also by a panic.
+struct Countdown<'a>(&'a AtomicUsize);
+
+impl Drop for Countdown<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 /// While it lives, this thread computes float32 as IEEE 754 says: nearest even, with subnormals. A host process may
