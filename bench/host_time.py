@@ -16,6 +16,8 @@ from qbits.nn import Linear4bit
 
 # the driver's queue takes about a thousand launches before it makes the caller wait
 CALLS_PER_REPEAT = 400
+# until the clocks are up: the first second of calls takes up to 40 % longer
+WARM_UP_CALLS = 400_000
 
 
 def calls(n: int, device: str) -> dict[str, Callable[[], Any]]:
@@ -73,6 +75,7 @@ def peer_calls(n: int, device: str, bnb: Any) -> dict[str, Callable[[], Any]]:
 def measure(report: Report, device: str, bnb: Any, num_repeats: int) -> None:
     """One row for each call: no elements, then 4096."""
     empty, small = calls(0, device), calls(4096, device)
+    host_ns(small["pack_4bit"], CALLS_PER_REPEAT, WARM_UP_CALLS // CALLS_PER_REPEAT)
     for name in small:
         before = host_ns(empty[name], CALLS_PER_REPEAT, num_repeats)
         whole = host_ns(small[name], CALLS_PER_REPEAT, num_repeats)
