@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 
 import numpy as np
@@ -59,9 +60,18 @@ class Kernels:
         self._max_grid = max_grid
 
     def _launch(
-        self, module: str, kernel: str, params: ctypes.Structure, grid: int, threads: int = 256
+        self,
+        module: str,
+        kernel: str,
+        params: ctypes.Structure,
+        grid: int,
+        threads: int = 256,
+        reads: Sequence[Array | None] = (),
+        writes: Sequence[Array] = (),
     ) -> None:
-        self._emulator.launch(Launch(module, kernel, grid, threads), params)
+        """Named operands: the kernel waits for earlier kernels, which may still write and read them."""
+        inputs = [array for array in reads if array is not None]
+        self._emulator.launch(Launch(module, kernel, grid, threads, inputs=inputs, outputs=writes), params)
 
     def _grid(self, n: int, elements: int, dtype: str = "bfloat16") -> int:
         return min(ceil_div(n, elements // 2 if dtype == "float32" else elements), self._max_grid)
@@ -73,9 +83,8 @@ class Kernels:
         params = Quantize4bit(
             address(x), address(packed), address(absmax), x.size, block_size.bit_length() - 1
         )
-        self._launch(
-            "blockwise_4bit", f"quantize_4bit_{dtype}_{codebook}", params, self._grid(x.size, 8192, dtype)
-        )
+        name, grid = f"quantize_4bit_{dtype}_{codebook}", self._grid(x.size, 8192, dtype)
+        self._launch("blockwise_4bit", name, params, grid, reads=[x], writes=[packed, absmax])
 
     def dequantize_4bit(
         self,
@@ -102,17 +111,21 @@ class Kernels:
         )
         op = "dequantize_4bit" if absmax_scale is None else "dequantize_4bit_nested"
         grid = self._grid(output.size, 4096, dtype)
-        self._launch("blockwise_4bit", f"{op}_{dtype}_{codebook}", params, grid)
+        reads = [packed, absmax, absmax_scale, absmax_offset, absmax_codebook]
+        name = f"{op}_{dtype}_{codebook}"
+        self._launch("blockwise_4bit", name, params, grid, reads=reads, writes=[output])
 
     def pack_4bit(self, codes: Array, codebook: str, packed: Array) -> None:
         """Fills packed."""
         params = Pack4bit(address(codes), address(packed), codes.size, ZERO_CODE_4BIT[codebook])
-        self._launch("blockwise_4bit", "pack_4bit", params, self._grid(codes.size, 8192))
+        grid = self._grid(codes.size, 8192)
+        self._launch("blockwise_4bit", "pack_4bit", params, grid, reads=[codes], writes=[packed])
 
     def unpack_4bit(self, packed: Array, codes: Array) -> None:
         """Fills codes."""
         params = Unpack4bit(address(packed), address(codes), codes.size)
-        self._launch("blockwise_4bit", "unpack_4bit", params, self._grid(codes.size, 8192))
+        grid = self._grid(codes.size, 8192)
+        self._launch("blockwise_4bit", "unpack_4bit", params, grid, reads=[packed], writes=[codes])
 
     def quantize_blockwise(
         self, x: Array, dtype: str, codebook: Array, block_size: int, codes: Array, absmax: Array
@@ -127,7 +140,8 @@ class Kernels:
             block_size.bit_length() - 1,
         )
         grid = self._grid(x.size, 2 * 8192, dtype)
-        self._launch("blockwise_8bit", f"quantize_blockwise_{dtype}", params, grid)
+        name = f"quantize_blockwise_{dtype}"
+        self._launch("blockwise_8bit", name, params, grid, reads=[x, codebook], writes=[codes, absmax])
 
     def dequantize_blockwise(
         self, codes: Array, absmax: Array, codebook: Array, block_size: int, dtype: str, output: Array
@@ -142,7 +156,8 @@ class Kernels:
             block_size.bit_length() - 1,
         )
         grid = self._grid(codes.size, 4096, dtype)
-        self._launch("blockwise_8bit", f"dequantize_blockwise_{dtype}", params, grid)
+        name, reads = f"dequantize_blockwise_{dtype}", [codes, absmax, codebook]
+        self._launch("blockwise_8bit", name, params, grid, reads=reads, writes=[output])
 
     def quantize(self, x: Array, dtype: str, codebook: Array, codes: Array, absmax: Array | None) -> None:
         """Fills codes and absmax; without absmax, elements are encoded as they are."""
@@ -170,7 +185,8 @@ class Kernels:
             address(codes), address(absmax), address(codebook), address(output), codes.size, 63
         )
         grid = self._grid(codes.size, 4096, dtype)
-        self._launch("tensorwise", f"dequantize_{dtype}", params, grid)
+        name, reads = f"dequantize_{dtype}", [codes, absmax, codebook]
+        self._launch("tensorwise", name, params, grid, reads=reads, writes=[output])
 
     def quantize_absmax(self, x: Array, codes: Array, scale: Array, offset: Array) -> None:
         """Fills codes, scale and offset."""

@@ -18,7 +18,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 template <typename T>
 void keep_in_register(T&) {}
 inline void prefetch_l2(const void*) {}
-inline void wait_for_earlier_kernels() {}
+inline void wait_for_earlier_kernels() { emulation::await_earlier_work(); }
 
 /// Of the size that the launch says, behind the KB of the system.
 inline float* dynamic_shared() {
