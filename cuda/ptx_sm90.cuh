@@ -39,6 +39,11 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                  : "r"(address), "n"(kOffset));
     return v;
 }
+__device__ __forceinline__ uint32_t load_shared_1(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
 __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
     uint16_t v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -66,6 +71,16 @@ __device__ __forceinline__ uint4 load_remote_16(uint32_t address, int rank) {
         : "r"(address), "r"(rank)
         : "memory");
     return v;
+}
+/// Sixteen bytes to the same place in the shared memory of CTA `rank` of the cluster, where the barrier counts them
+/// when they are there: no fence, which would wait for all that the thread has written.
+__device__ __forceinline__ void store_remote_16(uint32_t address, uint32_t barrier, int rank, uint4 v) {
+    asm volatile(
+        "{ .reg .b32 to, at; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 at, %1, %2; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [at]; }" ::"r"(
+            address),
+        "r"(barrier), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
 }
 /// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4
 /// of row l / 4 of each.

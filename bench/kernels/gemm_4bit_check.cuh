@@ -193,7 +193,7 @@ Operands operands_of(const Gemm4bitSkinnyParams& p) {
 template <typename TensorMap>
 TensorMap encode(const void* data, CUtensorMapDataType type, const std::vector<cuuint64_t>& sizes,
                  const std::vector<cuuint64_t>& strides, const std::vector<cuuint32_t>& box,
-                 int swizzle_bytes) {
+                 int swizzle_bytes, CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode_tiled = [] {
         void* f;
@@ -210,8 +210,8 @@ TensorMap encode(const void* data, CUtensorMapDataType type, const std::vector<c
     CUtensorMap map;
     if (const CUresult r =
             encode_tiled(&map, type, cuuint32_t(sizes.size()), const_cast<void*>(data), sizes.data(),
-                         strides.data(), box.data(), ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+                         strides.data(), box.data(), ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
+                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
         std::printf("cuTensorMapEncodeTiled: %d\n", r), std::exit(1);
     TensorMap v;
     static_assert(sizeof v == sizeof map);

@@ -12,23 +12,26 @@
 using Params = Gemm4bitSkinnySm90Params;
 using Kernel = void (*)(Params);
 #define KERNEL(name) {#name, gemm_4bit_skinny_##name}
-#define KERNELS(dtype)                                                                                   \
-    KERNEL(columns8192_##dtype##_1), KERNEL(columns14336_##dtype##_1), KERNEL(columns14336_##dtype##_2), \
-        KERNEL(columns8192_##dtype##_4), KERNEL(columns14336_##dtype##_4)
-static const std::map<std::string, Kernel> kKernels = {
-    KERNELS(bfloat16),       KERNELS(nested_bfloat16),       KERNELS(float16),
-    KERNELS(nested_float16), KERNEL(columns8192_bfloat16_8), KERNEL(columns8192_float16_8)};
+#define KERNELS_OF(tokens, dtype) \
+    KERNEL(columns8192_##dtype##_##tokens), KERNEL(columns14336_##dtype##_##tokens)
+#define KERNELS(dtype) KERNELS_OF(1, dtype), KERNELS_OF(2, dtype), KERNELS_OF(4, dtype), KERNELS_OF(8, dtype)
+static const std::map<std::string, Kernel> kKernels = {KERNELS(bfloat16), KERNELS(nested_bfloat16),
+                                                       KERNELS(float16), KERNELS(nested_float16)};
 
 struct Plan {
     std::string kernel;
-    unsigned grid, threads, shared_bytes;
+    unsigned grid, threads, shared_bytes, cluster;
 };
 
 /// The table at the top of gemm_4bit_skinny_sm90.cu.
 bool fits(int64_t m, int64_t k, int block_shift, bool nested) {
-    const int64_t block = int64_t(1) << block_shift;
-    return k <= (m > 4 ? 8192 : 14336) && k % 256 == 0 && m <= (nested ? 4 : 8) && block >= 64 &&
-           block <= (nested ? 128 : 512) && k % ((nested ? 16 : 4) * block) == 0;
+    const int64_t block = int64_t(1) << block_shift, per_copy = nested ? 16 : 4;
+    const bool has_half_panel = m > 4 && k > 8192;
+    return k <= 14336 && k % 256 == 0 && m <= 8 && block >= 64 &&
+           block <= (has_half_panel && !nested ? 256
+                     : nested                  ? 128
+                                               : 512) &&
+           k % (per_copy * block) == 0;
 }
 /// Fills the tiles of `p`. `grid` 0: the plan's own.
 template <typename T>
@@ -38,27 +41,36 @@ Plan make_plan(Gemm4bitSkinnyParams& p, int64_t grid = 0) {
         CHECK(cudaGetDeviceProperties(&properties, 0));
         return properties.multiProcessorCount;
     }();
-    const int64_t num_tiles = ceil_div(p.n, 16);
-    grid = std::min(num_tiles, grid ? grid : int64_t(num_sms));
+    const int tokens = p.m <= 2 ? int(p.m) : p.m <= 4 ? 4 : 8;
+    const bool wide = p.k > 8192;
+    const unsigned cluster = wide && tokens == 8 ? 2 : 1;
+    const int64_t num_tiles = ceil_div(p.n, 16 * cluster);
+    grid = std::min(num_tiles, (grid ? grid : int64_t(num_sms)) / cluster);
     p.tiles_per_cta = int(num_tiles / grid);
     p.num_larger_ctas = int(num_tiles % grid);
-    const int tokens = p.m <= 2 ? int(p.m) : p.m <= 4 ? 4 : 8;
-    const bool wide = tokens == 2 || p.k > 8192;
     const std::string name =
         std::string(wide ? "columns14336_" : "columns8192_") + (p.absmax_scale ? "nested_" : "") +
         (std::is_same_v<T, bfloat16> ? "bfloat16_" : "float16_") + std::to_string(tokens);
-    const unsigned shared = tokens == 1 ? 108640 : tokens == 2 ? 109664 : tokens == 4 ? 111712 : 124000;
-    return {name, unsigned(grid), tokens == 8 ? 576u : 320u, shared};
+    const unsigned threads = (tokens == 8 || (tokens == 4 && wide) ? 576 : 320) + (p.absmax_scale ? 32 : 0);
+    const unsigned shared = (tokens == 1   ? 107664
+                             : tokens == 2 ? 108688
+                             : tokens == 4 ? (wide ? 118928 : 112784)
+                                           : (wide ? 148624 : 127120)) +
+                            (p.absmax_scale ? 6144 : 0);
+    return {name, unsigned(grid) * cluster, threads, shared, cluster};
 }
 
 Params make_params(const Gemm4bitSkinnyParams& p, bool weights_ready) {
     const cuuint64_t n = p.n, k = p.k, item = p.absmax_scale ? 1 : 4, row = k >> p.block_shift;
-    const cuuint32_t panel = 2048u >> p.block_shift;
+    const bool halves = p.m > 4 && p.k > 8192;
+    const cuuint32_t panel = halves ? 1024 : 2048, rows = halves ? 32 : 16;
+    const cuuint32_t scales = std::max(panel >> p.block_shift, cuuint32_t(16 / item));
     const auto type = p.absmax_scale ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
     return {encode<TensorMap>(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, {128, n, k / 256}, {k / 2, 128},
-                              {128, 16, 8}, 128),
-            encode<TensorMap>(p.absmax, type, {row, n}, {row * item}, {panel, 16}, int(panel * item)), p,
-            weights_ready, 0};
+                              {128, rows, panel / 256}, 128, CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+            encode<TensorMap>(p.absmax, type, {row, n}, {row * item}, {scales, rows},
+                              p.absmax_scale ? 0 : int(scales * item), CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+            p, weights_ready, 0};
 }
 
 void launch(const Plan& plan, const Params& q, bool dependent, cudaStream_t stream = nullptr) {
@@ -67,10 +79,12 @@ void launch(const Plan& plan, const Params& q, bool dependent, cudaStream_t stre
     cudaLaunchConfig_t config = {};
     config.gridDim = plan.grid, config.blockDim = plan.threads, config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = dependent;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {plan.cluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes + (plan.cluster == 1), config.numAttrs = (plan.cluster > 1) + dependent;
     CHECK(cudaLaunchKernelEx(&config, kernel, q));
 }
 

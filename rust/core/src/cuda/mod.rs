@@ -22,7 +22,7 @@ pub use launch::{Launch, MAX_GRID_Y, Memory, Params, Symbol, check_memory, full_
 pub use module::{ARCHS, Image, KernelInfo, SOURCE_HASH, images, kernel_info};
 pub use settings::{Family, forced_family};
 pub use stream::{Allocation, Event, Stream, current_stream_for, synchronize};
-pub use tensor_map::{MAX_MAP_RANK, Swizzle, TensorMap, Tiled};
+pub use tensor_map::{MAX_MAP_RANK, Promotion, Swizzle, TensorMap, Tiled};
 
 use crate::{Dtype, Result};
 use device::Gpus;

@@ -30,6 +30,15 @@ pub enum Swizzle {
     Bytes128,
 }
 
+/// What L2 fetches from memory where a box needs some of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Promotion {
+    /// A line.
+    Bytes128,
+    /// Two lines.
+    Bytes256,
+}
+
 /// A matrix in global memory, and the box of it that one copy moves. Dimensions count from the innermost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiled<const RANK: usize> {
@@ -53,6 +62,14 @@ impl<const RANK: usize> Tiled<RANK> {
     /// # Errors
     /// When the driver refuses: an address, a stride or a box that the copy engine cannot use.
     pub fn encode(&self, op: &str) -> Result<TensorMap> {
+        self.encode_promoting(op, Promotion::Bytes256)
+    }
+
+    /// As [`Self::encode`], with what L2 fetches.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_promoting(&self, op: &str, promotion: Promotion) -> Result<TensorMap> {
         const { assert!(RANK >= 1 && RANK <= MAX_MAP_RANK) };
         let driver = &runtime(op)?.driver;
         let dtype = match self.dtype {
@@ -71,6 +88,10 @@ impl<const RANK: usize> Tiled<RANK> {
             Swizzle::Bytes64 => CuSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             Swizzle::Bytes128 => CuSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
+        let promotion = match promotion {
+            Promotion::Bytes128 => L2Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            Promotion::Bytes256 => L2Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        };
         let mut map = TensorMap::default();
         // SAFETY: a map of the size and alignment of CUtensorMap; arrays of RANK entries, of which the driver reads
         // RANK, and RANK - 1 strides; the address is encoded, not read.
@@ -86,7 +107,7 @@ impl<const RANK: usize> Tiled<RANK> {
                 [1u32; RANK].as_ptr(),
                 0, // no interleave
                 swizzle as c_uint,
-                L2Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B as c_uint,
+                promotion as c_uint,
                 0, // zeros outside
             )
         };
@@ -124,6 +145,7 @@ mod tests {
             swizzle: Swizzle::None,
         };
         assert_eq!(rows.encode("op").unwrap().0[..6], [0x1000, 0, 0, 3, 640, 256]);
+        assert_eq!(rows.encode_promoting("op", Promotion::Bytes128).unwrap().0[3], 2);
     }
 
     #[test]
