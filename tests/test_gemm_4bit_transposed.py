@@ -14,7 +14,10 @@ from test_gemm_4bit import RANDOM, Weight, _same_numbers_in_any_order, decoded_m
 
 __all__ = ["_same_numbers_in_any_order"]
 
-SHAPES = [(1, 1), (7, 30), (16, 32), (33, 100), (5, 129), (130, 256), (200, 288), (48, 520), (513, 64)]
+SHAPES = [
+    (1, 1), (7, 30), (16, 32), (33, 100), (5, 129), (130, 256), (200, 288), (48, 520), (513, 64),
+    (8, 256), (136, 768), (1024, 1024),
+]  # fmt: skip
 
 
 def multiply_and_compare(M: int, weight: Weight, dtype: str, device: str, offset: int = 0) -> None:
@@ -44,7 +47,8 @@ def test_gemm_4bit_transposed_is_as_exact_as_torch(device, dtype, shape, M):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES_4BIT)
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_weight_format_is_read(device, dtype, codebook, block_size, nested):
-    multiply_and_compare(4, random_weight(300, 96, codebook, block_size, nested), dtype, device)
+    for shape in ((300, 96), (136, 4096)):
+        multiply_and_compare(4, random_weight(*shape, codebook, block_size, nested), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +67,7 @@ def test_empty_sums_are_zero(device, M, N, K):
 
 @pytest.mark.parametrize("M", [2, 16, 32])
 def test_large_weights_are_as_exact_as_torch(device, M):
-    for shape in ((1000, 2080), (4100, 512)):
+    for shape in ((1000, 2080), (4100, 512), (1000, 2048), (4096, 512)):
         multiply_and_compare(M, random_weight(*shape), "bfloat16", device)
 
 

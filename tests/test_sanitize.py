@@ -68,7 +68,8 @@ def test_nested_statistics_of_many_blocks():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [False, True])
 def test_gemm_4bit_variants(dtype, codebook, nested):
-    for N, K, block_size in ((67, 192, 64), (129, 1024, 64), (40, 136, 32), (33, 77, 64), (64, 512, 256)):
+    short = ((67, 192, 64), (129, 1024, 64), (40, 136, 32), (33, 77, 64), (64, 512, 256))
+    for N, K, block_size in (*short, (35, 10240, 64)):
         packed, absmax = ops.quantize_4bit(torch.randn(N * K, device="cuda"), codebook, block_size)
         keywords = {}
         if nested:
@@ -88,7 +89,7 @@ def test_gemm_4bit_variants(dtype, codebook, nested):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [False, True])
 def test_gemm_4bit_transposed_variants(dtype, codebook, nested):
-    for N, K, block_size in ((67, 192, 64), (129, 544, 64), (40, 160, 32), (33, 77, 64)):
+    for N, K, block_size in ((67, 192, 64), (129, 544, 64), (40, 160, 32), (33, 77, 64), (136, 1024, 64)):
         packed, absmax = ops.quantize_4bit(torch.randn(N * K, device="cuda"), codebook, block_size)
         statistics = ()
         if nested:

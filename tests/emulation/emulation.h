@@ -184,6 +184,13 @@ inline int64_t max(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    const auto one = [](__half x, __half y, __half z) {
+        return __float2half_rn(std::fma(__half2float(x), __half2float(y), __half2float(z)));
+    };
+    return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
+
 // ------------------------------------------------------------------------------------------------ memory
 
 template <typename T>

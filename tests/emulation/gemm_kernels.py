@@ -88,6 +88,12 @@ SkinnySm90 = aligned(
     ("weights_ready", c_int32),
     ("zero", c_uint32),
 )
+TransposedSm90 = aligned(
+    "TransposedSm90",
+    *((name, TensorMap) for name in ("packed", "absmax", "input")),
+    ("problem", Gemm4bitTransposed),
+    ("zero", c_uint32),
+)
 Operands = struct(
     "Operands",
     *ABSMAX,
@@ -213,29 +219,34 @@ def skinny(
 def skinny_sm90(emulator: Emulator, product: Product, num_sms: int = NUM_SMS) -> None:
     """By a kernel of cuda/gemm_4bit_skinny_sm90.cu."""
     m, n, k = product.shape
+    is_long = k > 8192
     tokens, threads, shared_bytes = (
-        (1, 320, 108640) if m == 1
-        else (2, 320, 109664) if m == 2
-        else (4, 320, 111712) if m <= 4
-        else (8, 576, 124000)
+        (1, 320, 107664) if m == 1
+        else (2, 320, 108688) if m == 2
+        else ((4, 576, 118928) if is_long else (4, 320, 112784)) if m <= 4
+        else ((8, 576, 148624) if is_long else (8, 576, 127120))
     )  # fmt: skip
-    columns = 14336 if tokens == 2 or k > 8192 else 8192
-    item, row, panel = product.absmax.itemsize, k // product.block_size, 2048 // product.block_size
-    swizzle = panel * item if panel * item in (32, 64, 128) else 16
-    tiles = ceil_div(n, 16)
-    grid = min(tiles, num_sms)
+    if product.nested:
+        threads, shared_bytes = threads + 32, shared_bytes + 6144
+    cluster = 2 if tokens == 8 and is_long else 1
+    item, row, rows, panel = product.absmax.itemsize, k // product.block_size, 16 * cluster, 2048 // cluster
+    scales = max(panel // product.block_size, 16 // item)
+    swizzle = scales * item if scales * item in (32, 64, 128) and not product.nested else 16
+    tiles = ceil_div(n, rows)
+    groups = min(tiles, num_sms // cluster)
     params = SkinnySm90(
-        tensor_map(product.packed, (128, n, k // 256), (1, k // 2, 128), (128, 16, 8), 1, 128),
-        tensor_map(product.absmax, (row, n), (item, row * item), (panel, 16), item, swizzle),
-        product.skinny(*divmod(tiles, grid)),
+        tensor_map(product.packed, (128, n, k // 256), (1, k // 2, 128), (128, rows, panel // 256), 1, 128),
+        tensor_map(product.absmax, (row, n), (item, row * item), (scales, rows), item, swizzle),
+        product.skinny(*divmod(tiles, groups)),
         product.weights_ready,
         0,
     )
-    name = f"gemm_4bit_skinny_columns{columns}_{product.nested}{product.dtype}_{tokens}"
-    emulator.launch(
-        Launch("gemm_4bit_skinny_sm90", name, grid, threads, shared_bytes=shared_bytes, **product.earlier()),
-        params,
-    )
+    name = f"gemm_4bit_skinny_columns{14336 if is_long else 8192}_{product.nested}{product.dtype}_{tokens}"
+    grid = groups * cluster
+    launch = Launch(
+        "gemm_4bit_skinny_sm90", name, grid, threads, cluster, shared_bytes, **product.earlier()
+    )  # fmt: skip
+    emulator.launch(launch, params)
 
 
 def transposed(emulator: Emulator, product: Product, kernel: str, num_splits: int) -> None:
@@ -254,6 +265,31 @@ def transposed(emulator: Emulator, product: Product, kernel: str, num_splits: in
     grid = ceil_div(k, 256) * num_splits
     emulator.launch(Launch(module, name, grid, shared_bytes=4096 * number), params)
     emulator.launch(Launch(module, f"{module}_sum_{product.dtype}", ceil_div(m * k, 256)), params)
+
+
+def transposed_sm90(emulator: Emulator, product: Product, num_splits: int) -> None:
+    """By a kernel of cuda/gemm_4bit_transposed_sm90.cu."""
+    m, n, k = product.shape
+    tokens, threads, shared_bytes = (8, 544, 191584) if m <= 8 else (16, 256, 203872)
+    rows = ceil_div(n, num_splits * 128) * 128
+    num_splits = ceil_div(n, rows)
+    partial = np.full(num_splits * m * k, np.nan, np.float32)
+    item, row = product.absmax.itemsize, k // product.block_size
+    params = TransposedSm90(
+        tensor_map(product.packed, (k // 2, n), (1, k // 2), (128, 128), 1, 128),
+        tensor_map(product.absmax, (row, n), (item, row * item), (16 // item, 128), item, 16),
+        tensor_map(product.input, (n, m), (2, 2 * n), (64, tokens), 2, 128),
+        Gemm4bitTransposed(
+            address(product.input), address(product.packed), *product.absmax_addresses(), address(partial),
+            address(product.output), m, n, k, rows, product.block_shift, product.numbers()[0], num_splits,
+        ),
+        0,
+    )  # fmt: skip
+    module, name = "gemm_4bit_transposed_sm90", "gemm_4bit_transposed_columns"
+    grid = ceil_div(k, 256) * num_splits * ceil_div(m, tokens)
+    kernel = f"{name}_{product.nested}{product.dtype}_{tokens}"
+    emulator.launch(Launch(module, kernel, grid, threads, shared_bytes=shared_bytes), params)
+    emulator.launch(Launch(module, f"{name}_sum_{product.dtype}", ceil_div(m * k, 1024)), params)
 
 
 def mid(

@@ -1,6 +1,8 @@
 //! Product of an input with a transposed 4-bit weight: the gradient of a linear layer's input.
 //! Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314, section 3.
 
+mod sm90;
+
 use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS};
 use super::gemm_4bit::codebook_number;
 use super::{MAX_GRID, address, block_shift, host_weight, with_float};
@@ -40,8 +42,9 @@ op! {
 const MAX_ROWS: i64 = 32;
 const MAX_SPLITS: u64 = 16;
 
-/// Rows of the input up to which the fused kernels and loops win over decoding and the framework's GEMM: on an H200 at
-/// 8192 x 8192 and 16 rows 41 us against 83; at 32 rows 77, but of 4096 x 4096 34 against 23.
+/// Rows of the input up to which the fused kernels and loops win over decoding and the framework's GEMM; on Hopper
+/// [`sm90::MOST_FUSED`]. The older kernels on an H200: at 8192 x 8192 and 16 rows 41 us against 83; at 32 rows 77, but of
+/// 4096 x 4096 34 against 23.
 const MOST_FUSED_MMA: i64 = 16;
 const MOST_FUSED_SIMT: i64 = 8;
 const MOST_FUSED_CPU: i64 = 8;
@@ -160,7 +163,8 @@ impl Run<Gemm4bitTransposed> for Cuda {
         };
         for first in (0..tokens).step_by(MAX_ROWS as usize) {
             let m = MAX_ROWS.min(tokens - first);
-            let plan = op.plan(m, limits, forced);
+            let is_sm90 = sm90::fits(op, limits, forced);
+            let plan = if is_sm90 { sm90::plan(op, m, limits) } else { op.plan(m, limits, forced) };
             let params = Gemm4bitTransposedParams {
                 input: row(&op.input, first, op.N),
                 packed: op.packed.data,
@@ -178,10 +182,16 @@ impl Run<Gemm4bitTransposed> for Cuda {
                 codebook: codebook_number(op.codebook),
                 num_splits: plan.num_splits as i32,
             };
+            let with_maps = is_sm90.then(|| sm90::TransposedSm90Params::new(op, params)).transpose()?;
             for kernel in plan.launches {
                 // SAFETY: the caller's promise: checked lengths and dtypes, live memory of the stream's device; the
                 // scratch holds `MAX_SPLITS` times `MAX_ROWS` rows of K floats.
-                unsafe { launch("gemm_4bit_transposed", &kernel, &params, self.stream) }?;
+                unsafe {
+                    match &with_maps {
+                        Some(params) => launch("gemm_4bit_transposed", &kernel, params, self.stream),
+                        None => launch("gemm_4bit_transposed", &kernel, &params, self.stream),
+                    }
+                }?;
             }
         }
         Ok(())
@@ -192,7 +202,11 @@ impl Run<Gemm4bitTransposed> for Cuda {
     fn declines(&self, op: &Gemm4bitTransposed) -> Result<bool> {
         let limits = limits("gemm_4bit_transposed", self.stream.device)?;
         let forced = forced_family("gemm_4bit_transposed")?;
-        let most = if op.has_mma(limits, forced) { MOST_FUSED_MMA } else { MOST_FUSED_SIMT };
+        let most = match (sm90::fits(op, limits, forced), op.has_mma(limits, forced)) {
+            (true, _) => sm90::MOST_FUSED,
+            (false, true) => MOST_FUSED_MMA,
+            (false, false) => MOST_FUSED_SIMT,
+        };
         Ok(op.num_rows() > most)
     }
 }
