@@ -1,7 +1,7 @@
-// 4-bit GEMM for 9 to 128 tokens on sm_90a: decoded weights are the register operand of wgmma.
+// 4-bit GEMM for 9 to 128 tokens on sm_90a: decoded weights are the register operand of wgmma, or of mma.sync.
 // Codes in place, two to a byte, absmax per block: Dettmers et al., QLoRA, arXiv:2305.14314, section 3.
 #pragma once
-#include "gemm_4bit_mid_producers.cuh"
+#include "gemm_4bit_mid_mma.cuh"
 
 namespace mid {
 
@@ -16,7 +16,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], uint32_t 
     const int tile = warpgroup % S::kTiles;
     const int lane = threadIdx.x % 32;
     const int row = tile * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // this lane's rows: row, row + 8
-    const uint32_t table = opaque((base & 0xff000000) | lane * 4);
+    const uint32_t table = lane_of_table<S::kTableRowBytes>(base, lane);
     const QuadTranspose<S::kIsLean> transpose(lane);
     // What this lane addresses for load_matrices: row lane % 8 + 8 (lane / 16), piece lane / 8 % 2. The pieces of
     // the other blocks differ in the bits above.
@@ -44,10 +44,10 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], uint32_t 
             #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint32_t word = words[half * 2 + i / 8];
-                to[i + half] = look_up_pair<0>(word, table);
-                to[i + half + 2] = look_up_pair<1>(word, table);
-                to[i + half + 4] = look_up_pair<2>(word, table);
-                to[i + half + 6] = look_up_pair<3>(word, table);
+                to[i + half] = look_up_pair<0, S::kTableRowBytes>(word, table);
+                to[i + half + 2] = look_up_pair<1, S::kTableRowBytes>(word, table);
+                to[i + half + 4] = look_up_pair<2, S::kTableRowBytes>(word, table);
+                to[i + half + 6] = look_up_pair<3, S::kTableRowBytes>(word, table);
             }
         }
     };
@@ -116,8 +116,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kTokens / 2], uint32_t 
                         wgmma_wait<1>();
                     else
                         wgmma_wait<0>();
-                    if (half + 1 == S::kHalves && block + 1 == S::kStageBlocks && unit + 1 == kUnits &&
-                        lane == 0)
+                    if (half + 1 == S::kHalves && block + 1 == S::kStageBlocks && unit + 1 == kUnits)
                         barrier_arrive(empty + 8 * slot);
                     add(half, block * kUnits + unit);
                 }
@@ -186,7 +185,7 @@ __device__ __forceinline__ void store_output(const Gemm4bitMidParams& p, const P
             #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 #pragma unroll
-                for (int group = 0; group < S::kGroups; ++group) {
+                for (int group = 0; group < S::kPartials; ++group) {
                     const uint32_t from = sums + min(token + i * kStep, S::kTokens - 1) * S::kSumsPitch +
                                           group * S::kTiles * S::kSumsBytes;
                     const uint4 v = part.size == 1 ? load_shared_16(from) : load_remote_16(from, rank);
@@ -215,67 +214,70 @@ __device__ __forceinline__ void gemm_4bit_mid(const Gemm4bitMidParams& p) {
     const int first_token = blockIdx.y * S::kTokens;
     const int warp = threadIdx.x / 32 - S::kConsumers / 32;  // negative for those that multiply
     const bool is_cluster = part.size > 1;
+    if (threadIdx.x == S::kConsumers) {
+        prefetch_map(&p.packed);
+        prefetch_map(&p.input);
+        if (p.scales_by_copy) prefetch_map(&p.absmax);
+        // All lanes arrive: racecheck follows only lanes that do, and one that is elected takes as long.
+        for (int i = 0; i < S::kStages; ++i) {
+            barrier_init(base + S::kFull + 8 * i, p.scales_by_copy ? 1 : 1 + 32 * S::kScaleWarps);
+            barrier_init(base + S::kEmpty + 8 * i, 128 * S::kTiles);
+        }
+        barrier_init(base + S::kSumsReady, part.size * S::kConsumers);
+        barrier_init(base + S::kSumsFree, S::kConsumers);
+        fence_barrier_init();
+        fence_async_proxy();
+    }
+    __syncthreads();
+    if (is_cluster) cluster_arrive_relaxed();
     if (warp < 0) {
-        if (is_cluster) cluster_arrive_relaxed();
         if (warp < S::kConsumers / 256 * 8 - S::kConsumers / 32)
-            fill_pair_table<T, S::kConsumers / 256 * 256>(p.o.codebook, base, threadIdx.x);
-        named_barrier(kReady, S::kThreads);
+            fill_pair_table<T, S::kConsumers / 256 * 256, S::kTableRowBytes>(p.o.codebook, base, threadIdx.x);
+        named_barrier(kRingFree, S::kConsumers);  // the table is ready
         dependency_launch();
-        if constexpr (S::kMovesRegisters) raise_registers<S::kConsumerRegisters>();
+        raise_registers<S::kConsumerRegisters>();
         Ring<S::kStages> ring;
         int stage = __shfl_sync(~0u, threadIdx.x / (128 * S::kTiles), 0);
         ring.advance(stage);
         for (int row = first_row(p); row < p.o.n; row += row_step(p)) {
-            float acc[S::kTokens / 2] = {};
             const int first_stage = stage;
-            multiply<T, S>(acc, base, part.end - part.begin, ring, stage, p.rows_per_tile);
-            named_barrier(kRingFree, S::kConsumers);
-            leave_sums<S>(acc, base, first_stage);
+            if constexpr (S::kUsesMma) {
+                float acc[4][S::kTokens / 8][4] = {};
+                multiply_mma<T, S>(acc, base, part.end - part.begin, ring, stage, p.rows_per_tile);
+                named_barrier(kRingFree, S::kConsumers);
+                leave_sums_mma<S>(acc, base, first_stage);
+            } else {
+                float acc[S::kTokens / 2] = {};
+                multiply<T, S>(acc, base, part.end - part.begin, ring, stage, p.rows_per_tile);
+                named_barrier(kRingFree, S::kConsumers);
+                leave_sums<S>(acc, base, first_stage);
+            }
             // The bias may be the kernel's before this one, the output may still be read.
             if (row == first_row(p)) dependency_wait();
             if (is_cluster) {
                 cluster_wait();  // the neighbours' barriers are ready
-                __syncwarp();
-                if (threadIdx.x % 32 < part.size)
-                    barrier_arrive_cluster(base + S::kSumsReady, threadIdx.x % 32);
+                for (int rank = 0; rank < cluster_size(); ++rank)
+                    barrier_arrive_cluster(base + S::kSumsReady, rank);
                 barrier_wait_cluster(base + S::kSumsReady, 0);
             } else {
                 named_barrier(kRingFree, S::kConsumers);
             }
-            store_output<T, S>(p, part, base, row, first_token);
+            store_output<T, S>(p, Part::of(p, S()), base, row, first_token);
             fence_async_proxy();  // the next input may overwrite the sums
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(base + S::kSumsFree);
+            barrier_arrive(base + S::kSumsFree);
         }
         __syncwarp();
     } else {
-        if (threadIdx.x == S::kConsumers) {
-            prefetch_map(&p.packed);
-            prefetch_map(&p.input);
-            for (int i = 0; i < S::kStages; ++i) {
-                barrier_init(base + S::kFull + 8 * i, 1 + S::kScaleWarps);
-                barrier_init(base + S::kEmpty + 8 * i, 4 * S::kTiles);
-            }
-            barrier_init(base + S::kSumsReady, part.size * S::kConsumers / 32);
-            barrier_init(base + S::kSumsFree, S::kConsumers / 32);
-            fence_barrier_init();
-            fence_async_proxy();
-        }
-        __syncwarp();
-        if (is_cluster) cluster_arrive_relaxed();
-        if constexpr (S::kMovesRegisters) lower_registers<S::kProducerRegisters>();
+        lower_registers<S::kProducerRegisters>();
         if (warp == 0) {
-            named_barrier_arrive(kReady, S::kThreads);
             if (threadIdx.x == S::kConsumers) copy<S>(p, part, base, first_token);
-        } else if (warp <= S::kScaleWarps) {
+        } else if (warp <= S::kScaleWarps && !p.scales_by_copy) {
             if (!p.o.weights_ready) dependency_wait();
             RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers - 32,
                                              32 * S::kScaleWarps);
             __syncwarp();
             if (p.o.absmax_scale != nullptr) named_barrier(kMapReady, 32 * S::kScaleWarps);
             bring_scales<S>(p, part, base);
-        } else {
-            named_barrier_arrive(kReady, S::kThreads);
         }
         __syncwarp();
         if (is_cluster) cluster_wait();

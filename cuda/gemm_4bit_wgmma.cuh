@@ -27,13 +27,13 @@ static_assert(sizeof(Gemm4bitOperands) == 80, "keep in step with the Rust mirror
 namespace wgmma {
 
 constexpr int kSmemStart = 1024;  // sm_90 places dynamic shared memory behind one KB of its own
-constexpr int kPairTableBytes = 256 * 256;
+constexpr int kPairTableBytes = 256 * 256;  // with rows of 256 bytes
 
-/// Fills the 256 rows of 256 bytes from `table` on: row b holds the pair of values of byte b, high nibble
+/// Fills the 256 rows of kRowBytes bytes from `table` on: row b holds the pair of values of byte b, high nibble
 /// first, once for each lane at 4 lane, so that 32 lanes look up 32 bytes without a conflict. The values are
-/// kFactor times too large. (Rows of 128 bytes and addresses by dp4a, which leave room for a stage more, were
-/// 2 to 5 % slower.)
-template <typename T, int kThreads>
+/// kFactor times too large. Rows of 256 bytes are addressed by PRMT, which shares a pipe with most of decoding, rows
+/// of 128 by IDP, which shares one with the scaling: faster up to 32 tokens.
+template <typename T, int kThreads, int kRowBytes = 256>
 __device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, int thread) {
     static_assert(kThreads % 256 == 0, "a thread fills rows of one byte, whose pair it computes once");
     const uint32_t byte = thread % 256;
@@ -43,14 +43,21 @@ __device__ __forceinline__ void fill_pair_table(int codebook, uint32_t table, in
     });
     #pragma unroll
     for (int i = 0; i < 8; i += kThreads / 256)
-        store_shared_16(table + byte * 256 + (i + thread / 256 + byte) % 8 * 16,
+        store_shared_16(table + byte * kRowBytes + (i + thread / 256 + byte) % 8 * 16,
                         make_uint4(pair, pair, pair, pair));
 }
-/// The pair of byte kByte of `word`; the table begins shared memory and `lane` is 4 lane and, in the top byte, the rank
-/// of the CTA in its cluster. The address is one PRMT.
-template <int kByte>
+/// What look_up_pair takes beside the word; the table begins shared memory, at `base`.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t lane_of_table(uint32_t base, int lane) {
+    return opaque((kRowBytes == 256 ? base & 0xff000000 : base) | lane * 4);
+}
+/// The pair of byte kByte of `word`.
+template <int kByte, int kRowBytes = 256>
 __device__ __forceinline__ uint32_t look_up_pair(uint32_t word, uint32_t lane) {
-    return load_shared_4<kSmemStart>(permute_bytes(word, lane, 0x7604 | kByte << 4));
+    if constexpr (kRowBytes == 128)
+        return load_shared_4(__dp4a(word, 128u << 8 * kByte, lane));
+    else
+        return load_shared_4<kSmemStart>(permute_bytes(word, lane, 0x7604 | kByte << 4));
 }
 
 /// Turns the 4 x 4 bytes that the lanes of a quad hold in each of four words: lane t ends with byte t of lane i's

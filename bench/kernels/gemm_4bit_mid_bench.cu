@@ -45,12 +45,13 @@ Variant variant_of() {
             fp16};
 }
 #ifndef VARIANTS
-#define VARIANTS_OF(unit, groups)                                                            \
-    V(16, 1, 4, 4, unit)                                                                     \
-    V(16, 2, 2, 4, unit)                                                                     \
-    V(32, 1, 4, 2, unit) V(32, 2, 2, 4, unit) V(64, 1, 3, 2, unit) V(64, 2, groups, 2, unit) \
-        V(128, 1, 2, 2, unit) V(128, 2, 1, 2, unit, true)
-#define VARIANTS VARIANTS_OF(64, 2) VARIANTS_OF(32, 1)  // those of gemm_4bit_mid_sm90.cu
+#define VARIANTS_OF(unit) \
+    V(16, 1, 4, 4, unit)  \
+    V(16, 2, 2, 4, unit)  \
+    V(32, 1, 4, 2, unit)  \
+    V(32, 2, 2, 4, unit)  \
+    V(64, 1, 3, 2, unit) V(64, 2, 1, 2, unit, true) V(128, 1, 2, 2, unit) V(128, 2, 1, 2, unit, true)
+#define VARIANTS VARIANTS_OF(64) VARIANTS_OF(32)  // those of gemm_4bit_mid_sm90.cu
 #endif
 #define V(...) variant_of<mid::Shape<__VA_ARGS__>>(),
 static const Variant kVariants[] = {VARIANTS};
@@ -79,6 +80,13 @@ static Gemm4bitMidParams params_of(const Plan& plan, const Gemm4bitOperands& o, 
         {2 * k, 128}, {64, cuuint32_t(v.tokens), cuuint32_t(v.blocks)}, 128);
     p.packed = encode<TensorMap>(packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, {k / 2, n}, {k / 2},
                                  {cuuint32_t(v.row_bytes), cuuint32_t(plan.rows)}, v.row_bytes);
+    const cuuint64_t block = cuuint64_t(1) << o.block_shift, columns = cuuint64_t(64) * v.blocks;
+    p.scales_by_copy =
+        !o.absmax_scale && block == cuuint64_t(v.unit) && k / block % 4 == 0 && columns / block % 4 == 0;
+    if (p.scales_by_copy)
+        p.absmax =
+            encode<TensorMap>(o.absmax, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, {k / block, n}, {4 * (k / block)},
+                              {cuuint32_t(columns / block), cuuint32_t(plan.rows)}, 0);
     p.o = o;
     p.rows_per_tile = plan.rows;
     return p;
@@ -232,6 +240,7 @@ static void time_all(bool is_brief, int only_m, int only_n, int only_k) {
                 }
                 const float us = time_us(
                     copies, [&](int i, cudaStream_t s) { launch(plan, calls[size_t(i)], false, true, s); });
+                for (Gemm4bitMidParams& call : calls) call.o.weights_ready = 0;
                 const float plain = is_brief ? 0 : time_us(copies, [&](int i, cudaStream_t s) {
                     launch(plan, calls[size_t(i)], false, false, s);
                 });

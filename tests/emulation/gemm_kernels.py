@@ -101,7 +101,10 @@ Operands = struct(
     *int32s("m", "n", "k", "block_shift", "codebook", "bias_dtype", "weights_ready"),
 )
 Mid = aligned(
-    "Mid", ("input", TensorMap), ("packed", TensorMap), ("operands", Operands), ("rows_per_tile", c_int32)
+    "Mid",
+    *((name, TensorMap) for name in ("input", "packed", "absmax")),
+    ("operands", Operands),
+    *int32s("rows_per_tile", "scales_by_copy"),
 )
 Large = aligned(
     "Large",
@@ -113,12 +116,12 @@ Large = aligned(
 # Of a kernel of cuda/gemm_4bit_mid_sm90.cu, as its head says: threads, shared bytes, columns of a stage; then
 # threads and shared bytes for blocks of 32.
 MID_LAUNCHES = {
-    "16x64": (640, 206336, 256, 640, 214528),
-    "16x128": (640, 226816, 256, 640, 181760),
+    "16x64": (640, 173568, 256, 640, 181760),
+    "16x128": (640, 194048, 256, 640, 206336),
     "32x64": (640, 220672, 128, 640, 226816),
-    "32x128": (640, 206336, 256, 640, 214528),
+    "32x128": (640, 173568, 256, 640, 214528),
     "64x64": (512, 193024, 128, 512, 196096),
-    "64x128": (640, 220672, 128, 384, 226816),
+    "64x128": (384, 220672, 128, 384, 226816),
     "128x64": (384, 216576, 128, 384, 218624),
     "128x128": (384, 193024, 128, 384, 196096),
 }
@@ -301,17 +304,24 @@ def mid(
     max_ctas: int = 132,
 ) -> None:
     """By a kernel named `gemm_4bit_mid_{kernel}_..`, a key of MID_LAUNCHES."""
-    m, n, _ = product.shape
+    m, n, k = product.shape
     tokens = int(kernel.split("x")[0])
     threads, shared_bytes, columns, threads_block32, shared_block32 = MID_LAUNCHES[kernel]
     if product.block_size == 32:
         threads, shared_bytes = threads_block32, shared_block32
         kernel += "_block32"
+    row, box = k // product.block_size, columns // product.block_size
+    scales_by_copy = product.block_size <= 64 and not product.nested and row % 4 == 0 and box % 4 == 0
+    absmax = TensorMap()
+    if scales_by_copy:
+        absmax = tensor_map(product.absmax, (row, n), (4, row * 4), (box, rows_per_tile), 4, 16)
     params = Mid(
         product.input_map(tokens, columns // 64),
         product.packed_map(rows_per_tile, columns // 2),
+        absmax,
         product.operands(),
         rows_per_tile,
+        scales_by_copy,
     )
     tiles = ceil_div(n, rows_per_tile)
     ctas = cluster * tiles if cluster > 1 else min(tiles, max_ctas)

@@ -103,7 +103,7 @@ const fn range(since: (i32, i32), until: (i32, i32), most_rows: i64, family: Fam
 
 /// The fastest family: the first line that holds and whose kernels can run. Where none does, decoding and the framework's
 /// GEMM are faster. Measured on an H200 with NF4 in blocks of 64 and bfloat16, in us at 8192 x 8192: 16 rows `Mid` 16,
-/// `Skinny` 33; 128 rows `Mid` 34 to 40, decoding and cuBLAS 70; 256 rows `Large` 63 against 83, 512 rows 125 against 132,
+/// `Skinny` 33; 128 rows `Mid` 40, decoding and cuBLAS 70; 256 rows `Large` 63 against 83, 512 rows 125 against 132,
 /// 1024 rows 225 against 259. The line of Ampere is of 32 rows: `Skinny` 63, decoding and cuBLAS 84.
 const FASTEST: &[Range] = &[
     range(HOPPER, HOPPER, 8, Family::SkinnySm90),

@@ -2,8 +2,9 @@
 
 use super::wgmma::{self, Gemm4bitOperands};
 use super::{Gemm4bit, Problem};
-use crate::cuda::{Launch, Limits, MAX_GRID_Y, Params, Symbol, TensorMap};
+use crate::cuda::{Launch, Limits, MAX_GRID_Y, Params, Swizzle, Symbol, TensorMap, Tiled};
 use crate::error::Result;
+use crate::tensor::Dtype;
 
 /// Mirror of the kernels' struct.
 #[repr(C)]
@@ -11,8 +12,10 @@ use crate::error::Result;
 pub(super) struct MidParams {
     input: TensorMap,
     packed: TensorMap,
+    absmax: TensorMap,
     operands: Gemm4bitOperands,
     rows_per_tile: i32,
+    scales_by_copy: i32,
 }
 // SAFETY: repr(C), field by field the struct of cuda/gemm_4bit_mid.cuh; `param_bytes` is compared at load.
 unsafe impl Params for MidParams {}
@@ -45,19 +48,19 @@ macro_rules! variants {
 
 /// In the order of their tokens; for blocks of 64 and more.
 const VARIANTS: [Variant; 8] = variants! { "gemm_4bit_mid_":
-    "16x64" 16 64 640 206336 256;
-    "16x128" 16 128 640 226816 256;
+    "16x64" 16 64 640 173568 256;
+    "16x128" 16 128 640 194048 256;
     "32x64" 32 64 640 220672 128;
-    "32x128" 32 128 640 206336 256;
+    "32x128" 32 128 640 173568 256;
     "64x64" 64 64 512 193024 128;
-    "64x128" 64 128 640 220672 128;
+    "64x128" 64 128 384 220672 128;
     "128x64" 128 64 384 216576 128;
     "128x128" 128 128 384 193024 128;
 };
 /// The same for blocks of 32.
 const VARIANTS_BLOCK32: [Variant; 8] = variants! { "gemm_4bit_mid_":
-    "16x64_block32" 16 64 640 214528 256;
-    "16x128_block32" 16 128 640 181760 256;
+    "16x64_block32" 16 64 640 181760 256;
+    "16x128_block32" 16 128 640 206336 256;
     "32x64_block32" 32 64 640 226816 128;
     "32x128_block32" 32 128 640 214528 256;
     "64x64_block32" 64 64 512 196096 128;
@@ -111,13 +114,31 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
     };
     let input = wgmma::input_map(op, variant.tokens as u32, variant.stage_columns / 64);
     let packed = wgmma::packed_map(op, rows_per_tile as u32, variant.stage_columns / 2);
+    let absmax = absmax_map(op, rows_per_tile as u32, variant.stage_columns);
     let params = MidParams {
         input: input.encode("gemm_4bit")?,
         packed: packed.encode("gemm_4bit")?,
+        absmax: absmax.map_or(Ok(TensorMap::default()), |map| map.encode("gemm_4bit"))?,
         operands: Gemm4bitOperands::new(op, weights_are_ready),
         rows_per_tile: rows_per_tile as i32,
+        scales_by_copy: absmax.is_some().into(),
     };
     Ok((launch, params))
+}
+
+/// The block scales [n, k / block_size] in boxes of `rows` x `columns` of the weight, where TMA can copy them as the kernels
+/// want them.
+fn absmax_map(op: &Gemm4bit, rows: u32, columns: u32) -> Option<Tiled<2>> {
+    let (row, box_row) = (op.K / op.block_size, columns / op.block_size.min(64) as u32);
+    let is_copied = op.absmax_scale.is_none() && op.block_size <= 64 && row % 4 == 0 && box_row % 4 == 0;
+    is_copied.then(|| Tiled {
+        data: op.absmax.data,
+        dtype: Dtype::Float32,
+        dims: [row as u64, op.N as u64],
+        strides: [4, 4 * row as u64],
+        box_dims: [box_row, rows],
+        swizzle: Swizzle::None,
+    })
 }
 
 #[cfg(test)]
@@ -131,9 +152,9 @@ mod tests {
     fn plans_are_those_of_the_launch_table() {
         let _recorder = Recorder::install(Machine::h200());
         for (m, n, k, block_size, expected, rows_per_tile) in [
-            (16, 4096, 4096, 64, "16x64_bfloat16<<<128, 640, 206336, cluster 2>>>", 64),
+            (16, 4096, 4096, 64, "16x64_bfloat16<<<128, 640, 173568, cluster 2>>>", 64),
             (17, 8192, 8192, 64, "32x64_bfloat16<<<128, 640, 220672>>>", 64),
-            (64, 14336, 4096, 64, "64x128_bfloat16<<<128, 640, 220672>>>", 112),
+            (64, 14336, 4096, 64, "64x128_bfloat16<<<128, 384, 220672>>>", 112),
             (64, 28672, 8192, 64, "64x64_bfloat16<<<112, 512, 193024>>>", 64),
             (128, 8192, 8192, 64, "128x128_bfloat16<<<128, 384, 193024, cluster 2>>>", 128),
             (128, 28672, 8192, 64, "128x128_bfloat16<<<128, 384, 193024>>>", 112),
@@ -145,6 +166,24 @@ mod tests {
             let (launch, params) = plan(&op, &H200, false).unwrap();
             assert_eq!(launch.to_string(), format!("gemm_4bit_mid_{expected}"));
             assert_eq!(params.rows_per_tile, rows_per_tile);
+        }
+    }
+
+    #[test]
+    fn scales_are_copied_where_boxes_hold_multiples_of_16_bytes() {
+        let _recorder = Recorder::install(Machine::h200());
+        for (m, k, block_size, expected) in [
+            (16, 4096, 64, true),
+            (16, 4160, 64, false),
+            (16, 4096, 128, false),
+            (16, 4096, 32, true),
+            (32, 4096, 64, false), // a stage of 32 x 64 has two scales a row
+            (64, 4096, 64, false),
+            (64, 4096, 32, true),
+        ] {
+            let (_, params) = plan(&product(m, 4096, k, block_size, false), &H200, false).unwrap();
+            assert_eq!(params.scales_by_copy == 1, expected, "{m} {k} {block_size}");
+            assert_eq!(params.absmax != TensorMap::default(), expected);
         }
     }
 
