@@ -6,11 +6,11 @@
 //
 // gemm_4bit_mid_{T}x{R}_{dtype}; block_size 32: gemm_4bit_mid_{T}x{R}_block32_{dtype}
 //     T        tokens of a tile: 16 if m <= 16, 32 if m <= 32, 64 if m <= 64, else 128
-//     R        most rows of a tile, by tiles64 = ceil_div(n, 64): 64 if tiles64 <= num_sms / 2; if tiles64 <= num_sms
-//              64, but 128 for T = 128; else 128, but 64 for T = 64 and tiles64 > 2 num_sms
+//     R        most rows of a tile, by tiles64 = ceil_div(n, 64): 64 if tiles64 <= num_sms (T = 128: num_sms / 2), or if
+//              T = 64 and tiles64 > 2 num_sms; else 128
 //     cluster  CTAs that divide k, 1 to 8 are right: 2 if tiles64 <= num_sms / 2, or if T = 128 and
 //              tiles64 <= num_sms; else 1
-//     rows_per_tile  any multiple of 16 up to R is right. R = 64 or cluster = 2: R; else
+//     rows_per_tile  any multiple of 16 up to R is right. R = 64 or T >= 64: R; else
 //              ceil_div(n, 16 waves num_sms) * 16 where waves = ceil_div(n, 128 num_sms)
 //     grid     x: cluster = 2: 2 tiles, where tiles = ceil_div(n, rows_per_tile); else as many CTAs as share the tiles
 //              evenly, each taking every grid-th: ceil_div(tiles, ceil_div(tiles, num_sms)); y: ceil_div(m, T)

@@ -26,7 +26,7 @@ static_assert(sizeof(Gemm4bitOperands) == 80, "keep in step with the Rust mirror
 
 namespace wgmma {
 
-constexpr int kSmemStart = 1024;  // sm_90 places dynamic shared memory behind one KB of its own
+constexpr int kSmemStart = 1024;            // sm_90 places dynamic shared memory behind one KB of its own
 constexpr int kPairTableBytes = 256 * 256;  // with rows of 256 bytes
 
 /// Fills the 256 rows of kRowBytes bytes from `table` on: row b holds the pair of values of byte b, high nibble

@@ -81,14 +81,7 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
     let tokens = [16, 32, 64].into_iter().find(|tokens| m <= *tokens).unwrap_or(128);
     let num_small = n.div_ceil(64);
     let rows = match num_small {
-        _ if num_small <= num_sms / 2 => 64,
-        _ if num_small <= num_sms => {
-            if tokens == 128 {
-                128
-            } else {
-                64
-            }
-        }
+        _ if num_small <= num_sms / if tokens == 128 { 2 } else { 1 } => 64,
         _ if tokens == 64 && num_small > 2 * num_sms => 64,
         _ => 128,
     };
@@ -97,8 +90,9 @@ pub(super) fn plan(op: &Gemm4bit, limits: &Limits, weights_are_ready: bool) -> R
     let variants = if op.block_size == 32 { &VARIANTS_BLOCK32 } else { &VARIANTS };
     let variant = variants.iter().find(|variant| (variant.tokens, variant.rows) == (tokens, rows));
     let variant = variant.unwrap_or_else(|| unreachable!("a variant of {tokens} x {rows}"));
+    // Lower tiles on more multiprocessors pay where the weight's bytes count, not where products do.
     let rows_per_tile = match rows {
-        128 if !is_split => n.div_ceil(16 * n.div_ceil(128 * num_sms) * num_sms) * 16,
+        128 if tokens < 64 => n.div_ceil(16 * n.div_ceil(128 * num_sms) * num_sms) * 16,
         _ => rows,
     };
     let num_tiles = n.div_ceil(rows_per_tile);
@@ -153,12 +147,13 @@ mod tests {
         let _recorder = Recorder::install(Machine::h200());
         for (m, n, k, block_size, expected, rows_per_tile) in [
             (16, 4096, 4096, 64, "16x64_bfloat16<<<128, 640, 173568, cluster 2>>>", 64),
+            (16, 14336, 4096, 64, "16x128_bfloat16<<<128, 640, 194048>>>", 112),
             (17, 8192, 8192, 64, "32x64_bfloat16<<<128, 640, 220672>>>", 64),
-            (64, 14336, 4096, 64, "64x128_bfloat16<<<128, 384, 220672>>>", 112),
+            (64, 14336, 4096, 64, "64x128_bfloat16<<<112, 384, 220672>>>", 128),
             (64, 28672, 8192, 64, "64x64_bfloat16<<<112, 512, 193024>>>", 64),
             (128, 8192, 8192, 64, "128x128_bfloat16<<<128, 384, 193024, cluster 2>>>", 128),
-            (128, 28672, 8192, 64, "128x128_bfloat16<<<128, 384, 193024>>>", 112),
-            (128, 28672, 8192, 32, "128x128_block32_bfloat16<<<128, 384, 196096>>>", 112),
+            (128, 28672, 8192, 64, "128x128_bfloat16<<<112, 384, 193024>>>", 128),
+            (128, 28672, 8192, 32, "128x128_block32_bfloat16<<<112, 384, 196096>>>", 128),
             (300, 100, 64, 4096, "128x64_bfloat16<<<4 x 3, 384, 216576, cluster 2>>>", 64),
         ] {
             let op = product(m, n, k, block_size, false);
