@@ -21,8 +21,8 @@
 //     m = 512        34.7 (24.5)    112 (90)       125 (99)       456 (314)
 //     m = 1024       60.4 (48.2)    230 (157)      233 (185)      789 (634)
 //     m = 4096       255 (204)      881 (696)      990 (801)      3450 (2725)
-// Dequantizing first costs 33 us at 8192 x 8192, so by the number of weights about 8, 29 and 115 at the others: that
-// path is faster from 1024 tokens on, about level at 512.
+// Another day, 1024 tokens: 50 (44), 220 (158), 225 (192), 791 (681). Dequantizing first and cuBLAS, through the op, take
+// 1.27 to 1.30 times cuBLAS at 1024 tokens and 1.08 to 1.18 times at 4096: that path is faster somewhere between.
 #include "gemm_4bit_large.cuh"
 
 #define GEMM_4BIT_LARGE(name, T, ...)                                                    \
