@@ -115,8 +115,8 @@ const FASTEST: &[Range] = &[
 ];
 /// Families in the order in which they are tried when decoding is no choice: `Simt` takes every problem.
 const FALLBACKS: &[Family] = &[Family::Large, Family::Mid, Family::Skinny, Family::Simt];
-/// Rows of the input up to which the fused loop wins on a CPU. With two cores at 4096 x 4096, float32: 28 ms at 16 rows
-/// (decoding and torch 84), 142 at 128 (180), 255 at 256 (142); torch's bfloat16 GEMM may use matrix units.
+/// Rows of the input up to which the fused loop wins on a CPU. Two cores with AVX-512, 4096 x 4096, float32: 4 ms at 16 rows
+/// (decoding and torch 44), 30 at 128 (58). torch's bfloat16 GEMM may use matrix units: 7 at 32 rows (14 to 23).
 const MOST_FUSED_CPU: i64 = 128;
 const MOST_FUSED_CPU_16BIT: i64 = 32;
 
