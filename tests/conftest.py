@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulation.arrays import SANITIZE
+from emulation.emulator import Emulator, build
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -12,6 +14,14 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request: pytest.FixtureRequest) -> str:
     """Each device of this machine that qbits serves."""
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def emulator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The kernels of the test file's `MODULES`, compiled once for the CPU."""
+    folder = tmp_path_factory.mktemp("emulation")
+    build(folder, SANITIZE, request.module.MODULES)
+    return Emulator(folder, request.module.MODULES)
 
 
 @pytest.fixture(autouse=True)

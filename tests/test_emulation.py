@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +13,14 @@ import pytest
 import reference
 from compare import SCALES, boundary_blocks, corner_blocks
 from emulation.arrays import SANITIZE, Output, stored
-from emulation.emulator import Emulator, build
+from emulation.emulator import QUANTIZERS, Emulator, needs_compiler
 from emulation.kernels import STORAGE, Kernels
 from reference import BLOCK_SIZES_4BIT, BLOCK_SIZES_8BIT, CODEBOOKS, DTYPES, MAPS, Floats, ceil_div
 
+MODULES = QUANTIZERS
 RANDOM = np.random.default_rng(5)
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
-)
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The kernels, compiled once."""
-    folder = tmp_path_factory.mktemp("emulation")
-    build(folder, SANITIZE)
-    return Emulator(folder)
+pytestmark = needs_compiler
 
 
 @pytest.fixture

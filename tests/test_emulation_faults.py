@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from ctypes import c_int32, c_void_p
 
 import numpy as np
 import pytest
 import reference
 from emulation.arrays import Output, aligned
-from emulation.emulator import HERE, EmulationError, Emulator, Launch, build
+from emulation.emulator import HERE, EmulationError, Emulator, Launch, build, needs_compiler
 from emulation.gemm_kernels import TensorMap, tensor_map
 from emulation.gemm_kernels import aligned as aligned_struct
 from emulation.kernels import address
@@ -46,9 +44,7 @@ FAULTS = {
     "leaves_output_unwritten": WRONG,
 }
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")

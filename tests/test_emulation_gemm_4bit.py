@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Any
 
 import pytest
 from emulation import gemm_kernels
-from emulation.arrays import SANITIZE
-from emulation.emulator import Emulator, build
+from emulation.emulator import Emulator, needs_compiler
 from emulation.products import MMA_DTYPES, Case, check
 from reference import BLOCK_SIZES_4BIT, CODEBOOKS, DTYPES
 
 MODULES = ("gemm_4bit_skinny", "gemm_4bit_transposed")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
-)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The kernels, compiled once."""
-    folder = tmp_path_factory.mktemp("emulation_gemm")
-    build(folder, SANITIZE, MODULES)
-    return Emulator(folder, MODULES)
+pytestmark = needs_compiler
 
 
 def check_skinny(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-
 import pytest
 from emulation import gemm_kernels
-from emulation.arrays import SANITIZE
-from emulation.emulator import Emulator, build
+from emulation.emulator import Emulator, needs_compiler
 from emulation.products import MMA_DTYPES, Case, check
 from reference import BLOCK_SIZES_4BIT
 
@@ -16,17 +12,7 @@ MODULES = ("gemm_4bit_large_sm90",)
 
 KERNELS = ("256k1", "256k2", "128k1", "128k2", "256k1_unit32", "128k2_unit32")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
-)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The kernels, compiled once."""
-    folder = tmp_path_factory.mktemp("emulation_large")
-    build(folder, SANITIZE, MODULES)
-    return Emulator(folder, MODULES)
+pytestmark = needs_compiler
 
 
 def check_large(

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-
 import pytest
 from emulation import gemm_kernels
-from emulation.arrays import SANITIZE
-from emulation.emulator import Emulator, build
+from emulation.emulator import Emulator, needs_compiler
 from emulation.gemm_kernels import MID_LAUNCHES
 from emulation.products import MMA_DTYPES, Case, check
 from reference import BLOCK_SIZES_4BIT
 
 MODULES = ("gemm_4bit_skinny_sm90", "gemm_4bit_mid_sm90", "gemm_4bit_transposed_sm90")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
-)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The kernels, compiled once."""
-    folder = tmp_path_factory.mktemp("emulation_sm90")
-    build(folder, SANITIZE, MODULES)
-    return Emulator(folder, MODULES)
+pytestmark = needs_compiler
 
 
 # ----------------------------------------------------------------------------------------- one to eight rows

@@ -6,12 +6,14 @@ import ctypes
 import importlib.metadata
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 Array = npt.NDArray[np.generic]
 
@@ -21,6 +23,11 @@ QUANTIZERS = ("blockwise_4bit", "blockwise_8bit", "tensorwise", "nested")
 # No contraction: NUMERICS names every fused multiply-add. Kernels read vectors out of arrays of other types.
 FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
 SANITIZER = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and the System V ABI"
+)
 
 
 def cuda_include_folders() -> list[Path]:
