@@ -161,11 +161,11 @@ __device__ __forceinline__ void gemm_4bit_large(const Gemm4bitLargeParams& p) {
         __syncthreads();
     dependency_launch();
     if (!is_decoder) {
-        dependency_wait();
+        wait_for_earlier_kernels();
         multiply<T, S>(p, base);
     } else {
         if (!p.o.weights_ready) {
-            dependency_wait();
+            wait_for_earlier_kernels();
             RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers,
                                              128 * S::kDecoders);
             named_barrier(4, 128 * S::kDecoders);

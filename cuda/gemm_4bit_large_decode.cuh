@@ -31,7 +31,7 @@ template <int kTokens_, int kParts_, int kUnit_ = 64>
 struct Shape {
     static constexpr int kTokens = kTokens_, kParts = kParts_, kUnit = kUnit_;
     // Warpgroups that decode, in turns; the sums of more tokens leave registers for one. A block takes 1200 to 1450
-    // clk where 512 or 1024 are multiplied, with one as with two: what they wait for is not understood.
+    // clk where 512 or 1024 are multiplied, with one as with two: beside wgmma few instructions are issued.
     static constexpr int kDecoders = kTokens <= 128 ? 2 : 1;
     static constexpr int kRows = 128, kConsumers = 256, kThreads = kConsumers + 128 * kDecoders;
     static constexpr int kShare = kTokens / kParts;  // tokens whose sums a part adds up

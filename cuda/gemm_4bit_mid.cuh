@@ -253,7 +253,7 @@ __device__ __forceinline__ void gemm_4bit_mid(const Gemm4bitMidParams& p) {
                 leave_sums<S>(acc, base, first_stage);
             }
             // The bias may be the kernel's before this one, the output may still be read.
-            if (row == first_row(p)) dependency_wait();
+            if (row == first_row(p)) wait_for_earlier_kernels();
             if (is_cluster) {
                 cluster_wait();  // the neighbours' barriers are ready
                 for (int rank = 0; rank < cluster_size(); ++rank)
@@ -272,7 +272,7 @@ __device__ __forceinline__ void gemm_4bit_mid(const Gemm4bitMidParams& p) {
         if (warp == 0) {
             if (threadIdx.x == S::kConsumers) copy<S>(p, part, base, first_token);
         } else if (warp <= S::kScaleWarps && !p.scales_by_copy) {
-            if (!p.o.weights_ready) dependency_wait();
+            if (!p.o.weights_ready) wait_for_earlier_kernels();
             RowScales<S::kUnit, 1>::fill_map(p.o, base + S::kMap, threadIdx.x - S::kConsumers - 32,
                                              32 * S::kScaleWarps);
             __syncwarp();

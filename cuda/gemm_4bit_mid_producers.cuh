@@ -132,7 +132,7 @@ __device__ __forceinline__ void copy(const Gemm4bitMidParams& p, const Part& par
             for (auto at = ring; early < part.end && early < part.begin + S::kStages; ++early, at.advance())
                 load_codes(early, at);
         if (row == first_row(p)) {
-            dependency_wait();
+            wait_for_earlier_kernels();
         } else {
             barrier_wait(base + S::kSumsFree, sums_parity);
             sums_parity ^= 1;

@@ -112,7 +112,7 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
         __syncthreads();
     if (warp == S::kWarps) {
         if (lane > 0) return;
-        if (!q.weights_ready) dependency_wait();
+        if (!q.weights_ready) wait_for_earlier_kernels();
         const int row_bytes = max((kPanel >> p.block_shift) * int(sizeof(Stored)), 16);
         int s = 0;
         uint32_t parity = 1;  // the first round of the ring is free
@@ -134,7 +134,7 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
     }
     if (warp > S::kWarps) {
         if constexpr (kNested) {
-            if (!q.weights_ready) dependency_wait();
+            if (!q.weights_ready) wait_for_earlier_kernels();
             ScaleDecoder<S> decoder(p, base, full, ready, first_row, num_tiles, first_panel, num_panels,
                                     warp - S::kWarps - 1);
             decoder.decode(0);
@@ -169,12 +169,12 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
         }
     };
     if (!q.weights_ready) {
-        dependency_wait();
+        wait_for_earlier_kernels();
         load_input();
     }
     skinny::fill_pair_table<T>(p, shared);
     if (q.weights_ready) {
-        dependency_wait();
+        wait_for_earlier_kernels();
         load_input();
     }
     named_barrier(1, S::kConsumers);

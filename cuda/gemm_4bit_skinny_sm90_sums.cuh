@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_tiles(const Gemm4bitSkinnyParams& p, const
     #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
         before(tile);
-        if (tile == 0) dependency_wait();
+        if (tile == 0) wait_for_earlier_kernels();
         const int buffer = tile % 2;
         const uint32_t parity = tile / 2 % 2;
         const int64_t own_row =

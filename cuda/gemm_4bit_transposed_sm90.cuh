@@ -329,7 +329,7 @@ template <typename T>
 __device__ __forceinline__ void gemm_4bit_transposed_columns_sum(const Gemm4bitTransposedSm90Params& q) {
     const Gemm4bitTransposedParams& p = q.problem;
     const int64_t num = p.m * p.k, i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * 4;
-    dependency_wait();
+    wait_for_earlier_kernels();
     if (i >= num) return;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     #pragma unroll 4

@@ -82,7 +82,7 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
 }
 
 /// Until the kernels before this one are done: a launch may let it start earlier (`Launch::waits`). Every CTA calls this
-/// before it reads or writes global memory.
+/// before it reads or writes global memory, but for weights that no kernel in flight writes (`weights_ready`).
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

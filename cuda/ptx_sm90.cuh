@@ -238,8 +238,6 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // ----------------------------------------------------------------------------------- dependent launch, registers
 
-/// Until the kernels before this one are done.
-__device__ __forceinline__ void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// From here the next kernel may be launched.
 __device__ __forceinline__ void dependency_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 /// The sum over the warpgroups must fit the registers that the CTA had at launch, or the raise waits for ever.

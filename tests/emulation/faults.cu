@@ -36,7 +36,7 @@ constexpr int kSums = kFull + 128, kStaging = kSums + 128, kSharedBytes = kStagi
 
 /// Columns of this CTA, in blocks of 64, by warp 4.
 __device__ void copy(const RowSumsParams& p, uint32_t base, int first, int end) {
-    if (p.fault != kReadsInputEarly) dependency_wait();
+    if (p.fault != kReadsInputEarly) wait_for_earlier_kernels();
     uint32_t parity = 1;
     for (int block = first, slot = 0; block < end; ++block) {
         barrier_wait(base + kEmpty + 8 * slot, parity);
@@ -79,7 +79,7 @@ __device__ void add_columns(const RowSumsParams& p, uint32_t base, int first, in
 
 /// By four threads of the first CTA, four rows each.
 __device__ void store(const RowSumsParams& p, uint32_t base) {
-    dependency_wait();
+    wait_for_earlier_kernels();
     const uint4 own = load_shared_16(base + kSums + 16 * threadIdx.x);
     const uint4 other = load_remote_16(base + kSums + 16 * threadIdx.x, 1);
     const uint32_t a[4] = {own.x, own.y, own.z, own.w}, b[4] = {other.x, other.y, other.z, other.w};

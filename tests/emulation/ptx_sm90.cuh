@@ -182,7 +182,6 @@ inline void prefetch_map(const TensorMap*) {}
 inline void tma_store_wait_read() { emulation::await_stores(); }
 inline void tma_store_wait() { emulation::await_stores(); }
 inline void fence_async_proxy() {}
-inline void dependency_wait() { emulation::await_earlier_work(); }
 inline void dependency_launch() {}
 template <int kRegisters>
 void raise_registers() {}
