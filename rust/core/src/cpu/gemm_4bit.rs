@@ -59,7 +59,7 @@ pub fn gemm_4bit<T: Float>(
     assert_eq!(output.len() % rows, 0, "an output of whole rows");
     assert_eq!(input.len(), output.len() / rows * columns, "as many rows of input as of output");
     let _ieee = FloatEnvironment::ieee();
-    let most_tokens = if is_fused(&weight, execution.isa) { MAX_FEW_TOKENS } else { MAX_TOKENS };
+    let most_tokens = if fused_unit(&weight, execution.isa).is_some() { MAX_FEW_TOKENS } else { MAX_TOKENS };
     for (i, output) in output.chunks_mut(most_tokens * rows).enumerate() {
         let tokens = output.len() / rows;
         let input = &input[i * most_tokens * columns..][..tokens * columns];
@@ -73,12 +73,14 @@ pub fn gemm_4bit<T: Float>(
     }
 }
 
-/// Whether the weight is multiplied as it is decoded, in registers.
-fn is_fused(weight: &Weight4<'_>, isa: Isa) -> bool {
+/// Columns at once where the weight is multiplied as it is decoded, in registers.
+fn fused_unit(weight: &Weight4<'_>, isa: Isa) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
-    return isa.level() == Level::Avx512 && avx512::unit(weight).is_some();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    if isa.level() == Level::Avx512 {
+        return avx512::unit(weight);
+    }
+    let _ = (weight, isa);
+    None
 }
 
 /// `products` [N, M] = weight @ input.T
@@ -128,9 +130,7 @@ impl Arranged {
             );
         }
         #[cfg(target_arch = "x86_64")]
-        if isa.level() == Level::Avx512
-            && let Some(unit) = avx512::unit(weight)
-        {
+        if let Some(unit) = fused_unit(weight, isa) {
             return Self::Fused(avx512::arrange(&input, unit));
         }
         let padded_len = columns.next_multiple_of(VECTOR);
