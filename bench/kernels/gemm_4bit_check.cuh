@@ -68,6 +68,11 @@ inline std::vector<float> uniform(size_t n, float low, float high) {
     return v;
 }
 
+/// Largest error of few outputs: so much of the peer's largest, so many steps of the type.
+struct FewLimit {
+    double of_peer = 0, of_step = 1;
+};
+
 /// Random operands of one product and its results. A Case has m, n, k, block_shift, codebook, nested, own_map and
 /// bias_dtype (-1: no bias); packed, input and output lie `offset` elements behind an aligned address.
 template <typename T>
@@ -125,7 +130,7 @@ class Product {
     /// `what`. The mean error is at most 1.05 times the peer's and the largest 1.5 times, in float32 both twice; of fewer
     /// outputs than `many` these say little: then only gross errors count, and only failures are printed.
     template <typename Launch>
-    bool check(const std::string& what, int runs, size_t many, Launch&& launch) {
+    bool check(const std::string& what, int runs, size_t many, Launch&& launch, FewLimit few = {}) {
         bool same = true;
         std::vector<T> first;
         for (int run = 0; run < runs; ++run) {
@@ -146,9 +151,9 @@ class Product {
         }
         const double step = sizeof(T) == 4 ? 0x1p-20 : std::is_same_v<T, float16> ? 0x1p-10 : 0x1p-7;
         const double mean_limit = sizeof(T) == 4 ? 2 : 1.05, worst_limit = sizeof(T) == 4 ? 2 : 1.5;
+        const double few_limit = few.of_peer * peer_worst + few.of_step * step * (std::sqrt(rms) + 1);
         const bool close = size_ >= many ? mean <= mean_limit * peer_mean && worst <= worst_limit * peer_worst
-                           : sizeof(T) == 4 ? worst <= step * (std::sqrt(rms) + 1)
-                                            : worst <= 1.5 * peer_worst + step * (std::sqrt(rms) + 1) / 2;
+                                         : worst <= few_limit;
         const bool ok = intact && same && close;
         failures += !ok;
         if (!ok || size_ >= many)
@@ -217,6 +222,28 @@ TensorMap encode(const void* data, CUtensorMapDataType type, const std::vector<c
     static_assert(sizeof v == sizeof map);
     std::memcpy(&v, &map, sizeof v);
     return v;
+}
+
+// ------------------------------------------------------------------------------------------------ launch
+
+struct LaunchShape {
+    dim3 grid;
+    unsigned threads, shared_bytes, cluster;
+};
+/// In clusters along x; `dependent`: it may begin before the kernels before it have ended.
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), const Params& params, const LaunchShape& shape, bool dependent,
+                   cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid, config.blockDim = shape.threads;
+    config.dynamicSmemBytes = shape.shared_bytes, config.stream = stream;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {shape.cluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
+    CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // ------------------------------------------------------------------------------------------------- time

@@ -87,17 +87,9 @@ static Gemm4bitLargeParams params_of(const Plan& plan, const Gemm4bitOperands& o
 static void launch(const Plan& plan, const Gemm4bitLargeParams& p, bool is_half, bool dependent,
                    cudaStream_t stream) {
     const Variant& v = *plan.v;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(plan.grid));
-    config.blockDim = v.threads, config.dynamicSmemBytes = v.smem_bytes, config.stream = stream;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = v.parts, attributes[0].val.clusterDim.y = 1,
-    attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
-    CHECK(cudaLaunchKernelEx(&config, is_half ? v.fp16 : v.bf16, p));
+    const LaunchShape shape = {unsigned(plan.grid), unsigned(v.threads), unsigned(v.smem_bytes),
+                               unsigned(v.parts)};
+    launch_kernel(is_half ? v.fp16 : v.bf16, p, shape, dependent, stream);
 }
 
 // ------------------------------------------------------------------------------------------------ checks

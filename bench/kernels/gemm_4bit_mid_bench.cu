@@ -95,19 +95,11 @@ static Gemm4bitMidParams params_of(const Plan& plan, const Gemm4bitOperands& o, 
 static void launch(const Plan& plan, const Gemm4bitMidParams& p, bool is_half, bool dependent,
                    cudaStream_t stream) {
     const Variant& v = *plan.v;
-    cudaLaunchConfig_t config = {};
     const int64_t tiles = ceil_div(p.o.n, plan.rows);
     const int64_t clusters = plan.parts > 1 ? tiles : ceil_div(tiles, ceil_div(tiles, plan.most_ctas));
-    config.gridDim = dim3(unsigned(clusters * plan.parts), unsigned(ceil_div(p.o.m, v.tokens)));
-    config.blockDim = v.threads, config.dynamicSmemBytes = v.smem_bytes, config.stream = stream;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = plan.parts, attributes[0].val.clusterDim.y = 1,
-    attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
-    CHECK(cudaLaunchKernelEx(&config, is_half ? v.fp16 : v.bf16, p));
+    const dim3 grid(unsigned(clusters * plan.parts), unsigned(ceil_div(p.o.m, v.tokens)));
+    const LaunchShape shape = {grid, unsigned(v.threads), unsigned(v.smem_bytes), unsigned(plan.parts)};
+    launch_kernel(is_half ? v.fp16 : v.bf16, p, shape, dependent, stream);
 }
 
 // ------------------------------------------------------------------------------------------------ checks

@@ -2,9 +2,8 @@
 // third repeats one instruction. Answers how many instructions a kernel may spend on decoding while the tensor cores work.
 //
 // nvcc -std=c++20 -O3 -I../../cuda -gencode arch=compute_90a,code=sm_90a wgmma_alu_bench.cu
-#include <cstdio>
-#include <cuda_runtime.h>
 #include "dtype.cuh"
+#include "harness.cuh"
 #include "ptx_sm90.cuh"
 
 enum Instruction { kPermute, kLogic, kMultiplyAdd, kMultiply, kPackedMultiplyAdd };
@@ -80,21 +79,17 @@ __global__ void __launch_bounds__(384, 1) beside_wgmma(long long* clk) {
     }
 }
 
-static void check(cudaError_t status) {
-    if (status != cudaSuccess) std::printf("%s\n", cudaGetErrorString(status)), std::exit(1);
-}
-
 template <Instruction kInstruction>
 static void report(const char* name, long long* clk) {
     double per_instruction[2], per_block = 0;
     for (const bool multiplies : {false, true}) {
         const auto kernel = multiplies ? beside_wgmma<kInstruction, true> : beside_wgmma<kInstruction, false>;
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
         long long got[3];
         for (int run = 0; run < 2; ++run) {
             kernel<<<132, 384, kSharedBytes>>>(clk);
-            check(cudaGetLastError());
-            check(cudaMemcpy(got, clk, sizeof got, cudaMemcpyDeviceToHost));
+            CHECK(cudaGetLastError());
+            CHECK(cudaMemcpy(got, clk, sizeof got, cudaMemcpyDeviceToHost));
         }
         per_instruction[multiplies] = double(got[0]) / (kRepeats * kChains);
         if (multiplies) per_block = double(got[1]) / double(got[2]);
@@ -107,7 +102,7 @@ static void report(const char* name, long long* clk) {
 
 int main() {
     long long* clk;
-    check(cudaMalloc(&clk, 64));
+    CHECK(cudaMalloc(&clk, 64));
     report<kPermute>("prmt", clk);
     report<kLogic>("lop3", clk);
     report<kMultiplyAdd>("fma.f32", clk);
