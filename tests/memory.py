@@ -13,6 +13,8 @@ import pytest
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def anonymous_bytes() -> int:
     """Resident pages that no file backs: what the process holds, without the page cache of mapped files."""
@@ -23,10 +25,13 @@ def anonymous_bytes() -> int:
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Largest growth of the anonymous memory while ``call`` runs; its result is kept alive until the end.
 
-    Tensors of 32 MiB and more are mapped and unmapped one by one, so no earlier free memory hides them.
+    From the first call on every piece of 1 MiB and more is mapped and unmapped by itself. By default glibc
+    raises that bound up to 32 MiB as such pieces are freed; then it keeps smaller ones, and they hide use.
     """
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    libc.malloc_trim(0)
     start = peak = anonymous_bytes()
     running = threading.Event()
     running.set()

@@ -200,6 +200,6 @@ def test_quantize_checkpoint_holds_one_layer_at_most(tmp_path):
         )
 
     convert()  # what threads and libraries take once is no part of it
-    # All packed layers together have 51 MiB, one float layer 64: less than half of one means that none waits.
-    assert peak_bytes(convert) < layer_bytes / 2
+    # A packed layer has 9 MiB, a float layer 64: less than two packed ones means that none waits.
+    assert peak_bytes(convert) < layer_bytes / 4
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3

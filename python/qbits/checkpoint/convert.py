@@ -217,6 +217,7 @@ def _convert(
         )
         del weight
         yield from layouts.record_tensors(record, f"{layer}.", format).items()
+        del record  # else it waits beside the next layer's
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
