@@ -1,4 +1,4 @@
-"""One autograd Function per differentiable op: what is saved, which gradient."""
+"""The Function of the 4-bit product: what is saved, which gradient."""
 
 from __future__ import annotations
 
