@@ -96,7 +96,7 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
     if (threadIdx.x == S::kConsumers) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, S::kWarps);
+            barrier_init(empty + 8 * i, kNested ? S::kConsumers : S::kWarps);
             if (kNested) barrier_init(ready + 8 * i, 32);
         }
         for (int i = 0; i < 2; ++i) {
@@ -135,8 +135,8 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
     if (warp > S::kWarps) {
         if constexpr (kNested) {
             if (!q.weights_ready) wait_for_earlier_kernels();
-            ScaleDecoder<S> decoder(p, base, full, ready, first_row, num_tiles, first_panel, num_panels,
-                                    warp - S::kWarps - 1);
+            ScaleDecoder<S> decoder(p, shared_address(shared), full, ready, first_row, num_tiles, first_panel,
+                                    num_panels, warp - S::kWarps - 1);
             decoder.decode(0);
             if (warp == S::kWarps + 1) {
                 store_tiles<T, S>(p, sums, first_row, num_tiles, rank, [&](int tile) {
@@ -231,7 +231,8 @@ __device__ __forceinline__ void gemm_4bit_skinny_columns(const Gemm4bitSkinnySm9
             const uint32_t seen =
                 (words[kRowTiles - 1][kUnits - 1][0].x | words[kRowTiles - 1][kUnits - 1][1].x) & zero;
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty + 8 * s + seen);
+            // Nested scales are overwritten by a warp, and racecheck follows only the lanes that arrive.
+            if (kNested || lane == 0) barrier_arrive(empty + 8 * s + seen);
             if (++s == kStages) s = 0, parity ^= 1;
             #pragma unroll
             for (int unit = 0; unit < kRowTiles * kUnits; ++unit) {
