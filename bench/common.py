@@ -150,12 +150,16 @@ class Replay:
         self.first_us = self.time_us()
         self._num_replays = max(1, round(MIN_REPEAT_MS / max(self.first_us * self._num_calls * 1e-3, 1e-3)))
 
+    def replay(self) -> None:
+        """All calls, once."""
+        self._graph.replay()
+
     def time_us(self) -> float:
         """Microseconds of one call, mean over at least MIN_REPEAT_MS of replays."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(self._num_replays):
-            self._graph.replay()
+            self.replay()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / (self._num_replays * self._num_calls)
