@@ -30,21 +30,30 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+HEADERS = {
+    "nvidia-cuda-runtime": "cuda_fp16.h",
+    "nvidia-cuda-crt": "crt/host_defines.h",
+    "nvidia-cuda-cccl": "nv/target",
+}
+
+
 def cuda_include_folders() -> list[Path]:
-    """Where the CUDA headers of the installed nvidia-* packages are."""
+    """Where the CUDA headers are: of the installed nvidia-* packages, else beside the nvcc on the path."""
+    nvcc = shutil.which("nvcc")
+    toolkit = Path(nvcc).resolve().parents[1] / "include" if nvcc else None
     folders = []
-    for package, header in (
-        ("nvidia-cuda-runtime", "cuda_fp16.h"),
-        ("nvidia-cuda-crt", "crt/host_defines.h"),
-        ("nvidia-cuda-cccl", "nv/target"),
-    ):
-        files = importlib.metadata.files(package) or []
-        path = next(
-            file
-            for file in files
-            if file.as_posix().endswith(f"include/{header}") or file.as_posix().endswith(f"cccl/{header}")
-        )
-        folders.append(Path(str(path.locate())).parents[len(Path(header).parts) - 1])
+    for package, header in HEADERS.items():
+        places = [toolkit, toolkit / "cccl"] if toolkit else []
+        try:
+            files = importlib.metadata.files(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        ends = (f"include/{header}", f"cccl/{header}")
+        found = [Path(str(file.locate())) for file in files if file.as_posix().endswith(ends)]
+        found += [place / header for place in places if (place / header).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{header}: neither {package} is installed nor nvcc on the path")
+        folders.append(found[0].parents[len(Path(header).parts) - 1])
     return list(dict.fromkeys(folders))
 
 
