@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tqdm import tqdm
 
 from qbits.errors import ArgumentTypeError, ArgumentValueError, QbitsWarning
-from qbits.nn import Linear4bit
+from qbits.nn import LAYER_CLASSES, Linear4bit, QuantizedLinear, layer_class
 from qbits.report import LayerChange, QuantReport, measure_error, tensor_bytes
 from qbits.schemes import Pattern, QuantScheme, SchemeRules, fits_any, resolve
 
@@ -106,7 +106,7 @@ def _carry_over(old: nn.Linear, new: nn.Linear) -> None:
             bias.data = bias.data.to(converted.device, converted.dtype)
     new._parameters["bias"] = bias
     new.training = old.training
-    own = vars(Linear4bit(1, 1, device="meta")).keys()
+    own = {key for cls in LAYER_CLASSES for key in vars(cls(1, 1, device="meta"))}
     for key, value in vars(old).items():
         if "hook" not in key:
             if key not in own and not hasattr(new, key):
@@ -186,7 +186,7 @@ def _find_targets(
     for group in linear_groups(model):
         chosen = pick(group.name)
         names = [(name, layer) for layer, known in group.layers for name in known]
-        if isinstance(group.first, Linear4bit) or chosen is None:
+        if isinstance(group.first, QuantizedLinear) or chosen is None:
             continue
         if not all(wanted(name, layer) for name, layer in names):
             continue
@@ -233,12 +233,12 @@ def quantize_(
 
     Args:
         model: Any module that holds linear layers.
-        scheme: A preset ("nf4", "nf4-dq", "fp4", ...), a `QuantScheme`, or a mapping from globs or regular
-            expressions (``"re:..."``) to either, or to None; its first pattern that fits decides.
+        scheme: A preset ("nf4", "nf4-dq", "llm-int8", ...), a `QuantScheme`, or a mapping from globs or
+            regular expressions (``"re:..."``) to either, or to None; its first pattern that fits decides.
         skip: Patterns, or a function of name and module, for layers to leave alone. "auto" leaves the output
             head and layers that share their weight with an input embedding.
         only: Patterns for the only layers to quantize.
-        compute_dtype: Dtype of the products; None takes the input's.
+        compute_dtype: Dtype of the products of 4-bit layers; None takes the input's.
         device: Where each layer is moved and quantized; the rest of the model follows. None leaves all where
             it is.
         progress: Show a progress bar on a terminal.
@@ -272,7 +272,9 @@ def quantize_(
     with tqdm(total=len(targets), desc="quantize", unit="layer", disable=None if progress else True) as bar:
         while targets:
             group, chosen = targets.pop(0)  # popped: no list may keep the float weight alive
-            layer = Linear4bit.from_linear(group.first, chosen, compute_dtype=compute_dtype, device=device)
+            kind = layer_class(chosen)
+            options = {"compute_dtype": compute_dtype} if kind is Linear4bit else {}
+            layer = kind.from_linear(group.first, chosen, device=device, **options)
             if report:
                 changes.append(_describe_change(group, layer, chosen))
             replace_group_(model, group, layer)
@@ -283,7 +285,7 @@ def quantize_(
     return QuantReport(tuple(changes)) if report else model
 
 
-def _describe_change(group: LinearGroup, layer: Linear4bit, scheme: QuantScheme) -> LayerChange:
+def _describe_change(group: LinearGroup, layer: QuantizedLinear, scheme: QuantScheme) -> LayerChange:
     weight = group.first.weight
     error = measure_error(weight, layer.dequantize(torch.float32))
     packed_bytes = sum(
@@ -298,9 +300,13 @@ def _leave_nested_tensors(model: nn.Module) -> None:
     """Keep nn.TransformerEncoder from nested tensors, which only the fused path of its layers takes."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, Linear4bit) for m in module.modules()
+            isinstance(m, QuantizedLinear) for m in module.modules()
         ):
             module.use_nested_tensor = False
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantizedLinear) and layer.is_quantized
 
 
 def dequantize_(
@@ -316,10 +322,10 @@ def dequantize_(
     groups = [
         group
         for group in linear_groups(model)
-        if isinstance(group.first, Linear4bit) and (only is None or fits_any(only, group.name))
+        if _is_quantized(group.first) and (only is None or fits_any(only, group.name))
     ]
     while groups:
         group = groups.pop(0)
-        assert isinstance(group.first, Linear4bit)
+        assert isinstance(group.first, QuantizedLinear)
         replace_group_(model, group, group.first.to_linear(dtype))
     return model

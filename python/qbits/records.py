@@ -1,4 +1,4 @@
-"""The records that functional calls return: a 4-bit and an 8-bit quantized tensor, frozen, pytree nodes."""
+"""The records of quantized tensors: frozen, and nodes of torch's pytrees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["QTensor4", "QTensor8"]
+__all__ = ["QTensor4", "QTensor8", "QWeight8"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,24 @@ class QTensor8:
     block_size: int | None
 
 
+@dataclass(frozen=True, eq=False)
+class QWeight8:
+    """The weight of a linear layer in int8, one scale per row: ``values[n, k] * scales[n] / 127``.
+
+    Shapes: values [N, K]; scales [N].
+    Reference: Dettmers et al., LLM.int8(), arXiv:2208.07339, section 2.1.
+    """
+
+    values: Any  # int8
+    scales: Any  # float32, the largest absolute value of each row
+    dtype: torch.dtype | None  # of the weight that was quantized; None where a file does not tell
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.values.shape)
+
+
 def _register(record: type, leaves: tuple[str, ...], rest: tuple[str, ...]) -> None:
     """Make ``record`` a pytree node: ``leaves`` that are not None are its children, all else its context."""
 
@@ -89,7 +107,7 @@ def _register(record: type, leaves: tuple[str, ...], rest: tuple[str, ...]) -> N
         ]
 
     def restore(dumped: Any) -> tuple[Any, ...]:
-        as_read = {"shape": tuple, "dtype": lambda name: getattr(torch, name)}
+        as_read = {"shape": tuple, "dtype": lambda name: name and getattr(torch, name)}
         values = (
             as_read.get(name, lambda value: value)(value)
             for name, value in zip(rest, dumped[1:], strict=True)
@@ -113,3 +131,4 @@ _register(
     ("shape", "dtype", "codebook", "block_size"),
 )
 _register(QTensor8, ("codes", "absmax", "codebook"), ("shape", "dtype", "block_size"))
+_register(QWeight8, ("values", "scales"), ("dtype",))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbits.errors import ArgumentTypeError, ArgumentValueError
-from qbits.nn import Linear4bit
+from qbits.nn import QuantizedLinear
 
 __all__ = [
     "ErrorReport",
@@ -95,7 +95,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
     by_scheme: dict[str, int] = {}
     by_layer: dict[str, LayerMemory] = {}
     for name, module in model.named_modules():
-        packed = isinstance(module, Linear4bit) and module.is_quantized
+        packed = isinstance(module, QuantizedLinear) and module.is_quantized
         num_bytes = 0
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or id(tensor) in seen:
@@ -287,7 +287,9 @@ def compare(
     pairs = {
         name: (originals[name], layer)
         for name, layer in quantized.named_modules()
-        if isinstance(layer, Linear4bit) and layer.is_quantized and isinstance(originals.get(name), nn.Linear)
+        if isinstance(layer, QuantizedLinear)
+        and layer.is_quantized
+        and isinstance(originals.get(name), nn.Linear)
     }
     if not pairs:
         raise ArgumentValueError(
@@ -305,7 +307,7 @@ def compare(
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    if isinstance(layer, Linear4bit) and layer.is_quantized:
+    if isinstance(layer, QuantizedLinear) and layer.is_quantized:
         return layer.dequantize(torch.float32)
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -1,7 +1,8 @@
 """Quantization schemes: what a layer's weight becomes, as small frozen records, and the rules that pick one.
 
 Numeric types: NF4 and FP4 (Dettmers et al., QLoRA, arXiv:2305.14314, section 3) and AF4 (Yoshida, NF4 Isn't
-Information Theoretically Optimal, arXiv:2306.06965).
+Information Theoretically Optimal, arXiv:2306.06965); int8 with outlier columns (Dettmers et al., LLM.int8(),
+arXiv:2208.07339, section 3).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 from qbits.errors import ArgumentTypeError, ArgumentValueError
@@ -19,11 +20,15 @@ __all__ = [
     "BLOCK_SIZES_4BIT",
     "FP4",
     "NF4",
+    "Int8",
+    "LLMInt8",
     "Pattern",
     "QuantScheme",
+    "Scheme4bit",
     "SchemeRules",
     "as_scheme",
     "available_schemes",
+    "check_threshold",
     "fits_any",
     "matches",
     "resolve",
@@ -36,6 +41,49 @@ Pattern: TypeAlias = str | re.Pattern[str]
 
 @dataclass(frozen=True)
 class QuantScheme:
+    """What a layer's weight becomes; each kind of codes is a subclass, with its options as fields."""
+
+    codebook: ClassVar[str] = ""  # the kind's name in records and files
+
+    @property
+    def name(self) -> str:
+        """The preset's name."""
+        return self.codebook
+
+    def __str__(self) -> str:
+        return self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready record that `from_dict` turns back into an equal scheme."""
+        return {"codebook": self.codebook, **asdict(self)}
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> QuantScheme:
+        """The scheme that `to_dict` wrote.
+
+        Raises:
+            ValueError: the codebook is unknown, or the record holds a key that its scheme has not.
+        """
+        options = dict(record)
+        codebook = options.pop("codebook", None)
+        if codebook not in _CODEBOOKS:
+            raise ArgumentValueError(
+                f"qbits::QuantScheme.from_dict: codebook must be one of {list(_CODEBOOKS)}, got {codebook!r}"
+            )
+        scheme = _CODEBOOKS[codebook]
+        known = [field.name for field in fields(scheme)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            *first, last = ["codebook", *known]
+            raise ArgumentValueError(
+                f"qbits::QuantScheme.from_dict: record must hold only {', '.join(first)} and {last}, "
+                f"got {unknown}"
+            )
+        return scheme(**options)
+
+
+@dataclass(frozen=True)
+class Scheme4bit(QuantScheme):
     """A 4-bit code with one ``absmax`` per block of the flattened weight.
 
     ``double_quant`` also quantizes the ``absmax`` values, to 8 bits in blocks of 256 (nested statistics).
@@ -49,8 +97,6 @@ class QuantScheme:
 
     block_size: int = 64
     double_quant: bool = False
-
-    codebook: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES_4BIT:
@@ -71,34 +117,9 @@ class QuantScheme:
     def __str__(self) -> str:
         return self.name if self.block_size == 64 else f"{self.name} (block {self.block_size})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready record that `from_dict` turns back into an equal scheme."""
-        return {"codebook": self.codebook, **asdict(self)}
-
-    @staticmethod
-    def from_dict(record: Mapping[str, Any]) -> QuantScheme:
-        """The scheme that `to_dict` wrote.
-
-        Raises:
-            ValueError: the codebook is unknown, or the record holds a key that no scheme has.
-        """
-        fields = dict(record)
-        codebook = fields.pop("codebook", None)
-        if codebook not in _CODEBOOKS:
-            raise ArgumentValueError(
-                f"qbits::QuantScheme.from_dict: codebook must be one of {list(_CODEBOOKS)}, got {codebook!r}"
-            )
-        unknown = sorted(set(fields) - {"block_size", "double_quant"})
-        if unknown:
-            raise ArgumentValueError(
-                "qbits::QuantScheme.from_dict: record must hold only codebook, block_size and double_quant, "
-                f"got {unknown}"
-            )
-        return _CODEBOOKS[codebook](**fields)
-
 
 @dataclass(frozen=True)
-class NF4(QuantScheme):
+class NF4(Scheme4bit):
     """4-bit NormalFloat: sixteen quantiles of a normal distribution.
 
     Example:
@@ -110,7 +131,7 @@ class NF4(QuantScheme):
 
 
 @dataclass(frozen=True)
-class FP4(QuantScheme):
+class FP4(Scheme4bit):
     """4-bit float in bitsandbytes' code order: sign, two exponent bits, one mantissa bit.
 
     Example:
@@ -122,7 +143,7 @@ class FP4(QuantScheme):
 
 
 @dataclass(frozen=True)
-class AF4(QuantScheme):
+class AF4(Scheme4bit):
     """4-bit AbnormalFloat: the table of least expected error at block size 64; not in bitsandbytes' format.
 
     Example:
@@ -133,11 +154,61 @@ class AF4(QuantScheme):
     codebook: ClassVar[str] = "af4"
 
 
+@dataclass(frozen=True)
+class Int8(QuantScheme):
+    """int8 rows: one scale per output feature, and one per token for the input of each product.
+
+    With ``threshold`` above 0 the input's columns that hold a value of at least that size are multiplied in
+    16 bits (LLM.int8()).
+
+    Raises:
+        ValueError: ``threshold`` is negative, NaN or no number.
+
+    Example:
+        >>> str(Int8()), str(Int8(threshold=4.5))
+        ('int8', 'int8 (threshold 4.5)')
+    """
+
+    threshold: float = 0.0
+
+    codebook: ClassVar[str] = "int8"
+
+    def __post_init__(self) -> None:
+        check_threshold(type(self).__name__, self.threshold)
+
+    def __str__(self) -> str:
+        usual = type(self).__dataclass_fields__["threshold"].default
+        return self.name if self.threshold == usual else f"{self.name} (threshold {self.threshold:g})"
+
+
+@dataclass(frozen=True)
+class LLMInt8(Int8):
+    """`Int8` with the threshold of the paper.
+
+    Example:
+        >>> LLMInt8().to_dict()
+        {'codebook': 'llm-int8', 'threshold': 6.0}
+    """
+
+    threshold: float = 6.0
+
+    codebook: ClassVar[str] = "llm-int8"
+
+
+def check_threshold(owner: str, threshold: Any) -> None:
+    """Raise ValueError unless an outlier threshold is a number >= 0; ``owner`` is what the message names."""
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not is_number or not threshold >= 0:  # NaN is not
+        raise ArgumentValueError(f"qbits::{owner}: threshold must be a number >= 0, got {threshold!r}")
+
+
 SchemeRules: TypeAlias = str | QuantScheme | Mapping[Pattern, str | QuantScheme | None]
 
-_CODEBOOKS: Mapping[str, type[QuantScheme]] = {cls.codebook: cls for cls in (NF4, FP4, AF4)}
+_KINDS_4BIT: tuple[type[Scheme4bit], ...] = (NF4, FP4, AF4)
+_CODEBOOKS: Mapping[str, type[QuantScheme]] = {cls.codebook: cls for cls in _KINDS_4BIT}
 _PRESETS: Mapping[str, QuantScheme] = {
-    scheme.name: scheme for cls in _CODEBOOKS.values() for scheme in (cls(), cls(double_quant=True))
+    scheme.name: scheme
+    for scheme in (*(cls(double_quant=nested) for cls in _KINDS_4BIT for nested in (False, True)),)
 }
 
 

@@ -18,7 +18,7 @@ from qbits.checkpoint.loader import Loader
 from qbits.checkpoint.reader import CheckpointReader
 from qbits.checkpoint.writer import write_checkpoint
 from qbits.model import linear_groups
-from qbits.nn import Linear4bit
+from qbits.nn import QuantizedLinear
 
 __all__ = ["CheckpointReader", "Format", "load", "quantize_checkpoint", "save"]
 
@@ -50,7 +50,7 @@ def save(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear4bit) and module.is_quantized
+        if isinstance(module, QuantizedLinear) and module.is_quantized
     }
     schemes = {name: layer.scheme for name, layer in layers.items()}
     chosen = layouts.choose_format(format, schemes.values())
@@ -63,8 +63,8 @@ def save(
         config = json.loads(to_json())
         config.pop("quantization_config", None)
         if layers:
-            floats = (g.name for g in linear_groups(model) if not isinstance(g.first, Linear4bit))
-            dtype = next(iter(layers.values())).record().dtype
+            floats = (g.name for g in linear_groups(model) if not isinstance(g.first, QuantizedLinear))
+            dtype = next(iter(layers.values())).weight_dtype
             config["quantization_config"] = quantization_config(
                 chosen, list(schemes.values()), list(floats), dtype
             )

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qbits import functional
 from qbits.checkpoint import layouts
 from qbits.checkpoint.config import quantization_config
 from qbits.checkpoint.reader import CheckpointReader
 from qbits.checkpoint.writer import TensorInfo, write_checkpoint
 from qbits.errors import ArgumentValueError
 from qbits.model import FLOAT_DTYPES, check_finite, selector
+from qbits.nn import layer_class
 from qbits.schemes import Pattern, QuantScheme, SchemeRules, resolve
 
 __all__ = ["CheckpointChange", "quantize_checkpoint"]
@@ -212,9 +212,7 @@ def _convert(
         scheme = schemes[layer]
         weight = reader.view(key).to(device)
         check_finite(weight, layer)
-        record = functional.quantize_4bit(
-            weight, codebook=scheme.codebook, block_size=scheme.block_size, double_quant=scheme.double_quant
-        )
+        record = layer_class(scheme).quantize_weight(weight, scheme)
         del weight
         yield from layouts.record_tensors(record, f"{layer}.", format).items()
         del record  # else it waits beside the next layer's

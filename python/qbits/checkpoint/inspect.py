@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from qbits.checkpoint import layouts
 from qbits.checkpoint.reader import CheckpointReader
 from qbits.errors import CheckpointFormatError
-from qbits.records import QTensor4
+from qbits.records import QTensor4, QWeight8
 from qbits.report import markdown_table
 
 __all__ = ["inspect_checkpoint"]
@@ -51,11 +53,20 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> tuple[str, bool]:
     return "\n\n".join(parts), not faults
 
 
-def _describe(record: QTensor4) -> tuple[str, ...]:
-    """Scheme, shape, original dtype, range of the scales, and how many blocks are zero."""
+def _describe(record: QTensor4 | QWeight8) -> tuple[str, ...]:
+    """Scheme, shape, original dtype, range of the scales, and how many blocks (rows of int8) are zero."""
+    if isinstance(record, QWeight8):
+        scales, dtype = record.scales, "-"
+        return "int8", str(list(record.shape)), dtype, _range(scales), str(int((scales == 0).sum()))
     scheme = f"{record.codebook}{'-dq' if record.nested else ''} / {record.block_size}"
     scales = record.absmax_scale if record.nested else record.absmax
-    low, high = scales.aminmax()
     zeros = "-" if record.nested else str(int((scales == 0).sum()))
     dtype = str(record.dtype).removeprefix("torch.")
-    return scheme, str(list(record.shape)), dtype, f"{low.item():.3g} .. {high.item():.3g}", zeros
+    return scheme, str(list(record.shape)), dtype, _range(scales), zeros
+
+
+def _range(scales: torch.Tensor) -> str:
+    if scales.numel() == 0:
+        return "-"
+    low, high = scales.aminmax()
+    return f"{low.item():.3g} .. {high.item():.3g}"

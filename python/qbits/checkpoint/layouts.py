@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qbits import functional
 from qbits.checkpoint.reader import CheckpointReader
 from qbits.checkpoint.writer import DTYPES, TensorInfo
 from qbits.errors import ArgumentValueError
-from qbits.nn import Linear4bit, state_4bit
+from qbits.nn import QuantizedLinear, layer_class, state_4bit, state_8bit
 from qbits.quant_state import HEADER_MARK, pack_quant_state, quantized_names, read_quantized
-from qbits.records import QTensor4
-from qbits.schemes import QuantScheme
+from qbits.records import QTensor4, QWeight8
+from qbits.schemes import Int8, QuantScheme
 
 __all__ = [
     "Format",
@@ -37,8 +36,14 @@ __all__ = [
 ]
 
 Format: TypeAlias = Literal["auto", "bnb", "qbits"]
+Record: TypeAlias = QTensor4 | QWeight8
 
+# what may stand beside a quantized weight, and is part of it
+_LEAVES = frozenset(
+    {*state_4bit.PARAMETERS, state_4bit.HEADER, *state_8bit.PARAMETERS, state_8bit.SCALES, state_8bit.FORMAT}
+)
 _FORMAT_VERSION = 1
+_BNB = ("nf4", "fp4", "int8", "llm-int8")  # the codebooks that bitsandbytes can read
 
 
 def choose_format(format: Format, schemes: Iterable[QuantScheme]) -> Literal["bnb", "qbits"]:
@@ -47,7 +52,7 @@ def choose_format(format: Format, schemes: Iterable[QuantScheme]) -> Literal["bn
     Raises:
         ValueError: an unknown format, or "bnb" for a scheme that bitsandbytes cannot read.
     """
-    foreign = sorted({scheme.name for scheme in schemes if scheme.codebook not in ("nf4", "fp4")})
+    foreign = sorted({scheme.name for scheme in schemes if scheme.codebook not in _BNB})
     if format == "auto":
         return "qbits" if foreign else "bnb"
     if format not in ("bnb", "qbits"):
@@ -62,9 +67,12 @@ def choose_format(format: Format, schemes: Iterable[QuantScheme]) -> Literal["bn
 def file_metadata(
     format: Literal["bnb", "qbits"], schemes: Mapping[str, QuantScheme], extra: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """Metadata of a file: ``format`` for loaders, ``qbits`` with each layer's scheme, the caller's own."""
+    """Metadata of a file: ``format`` for loaders, ``qbits`` with each layer's scheme, the caller's own.
+
+    bitsandbytes' layout has schemes only where they are more than the tensors tell: an int8 threshold.
+    """
     metadata = {"format": "pt"}
-    if format == "qbits":
+    if format == "qbits" or any(isinstance(scheme, Int8) for scheme in schemes.values()):
         record = {
             "version": _FORMAT_VERSION,
             "schemes": {name: s.to_dict() for name, s in sorted(schemes.items())},
@@ -80,8 +88,11 @@ def file_metadata(
     return metadata
 
 
-def record_tensors(record: QTensor4, prefix: str, format: Literal["bnb", "qbits"]) -> dict[str, Tensor]:
+def record_tensors(record: Record, prefix: str, format: Literal["bnb", "qbits"]) -> dict[str, Tensor]:
     """The tensors of a quantized weight under the keys of a format; ``prefix`` ends in a dot."""
+    if isinstance(record, QWeight8):
+        to_entries = state_8bit.to_bnb if format == "bnb" else state_8bit.to_parameters
+        return {prefix + name: tensor for name, tensor in to_entries(record).items()}
     if format == "bnb":
         return pack_quant_state(record, f"{prefix}weight")
     tensors = {prefix + name: tensor for name, tensor in state_4bit.to_parameters(record).items()}
@@ -97,10 +108,8 @@ def plan_record(
 ) -> list[TensorInfo]:
     """What `record_tensors` will return for a weight that is still to be quantized, without its data."""
     empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    record = functional.quantize_4bit(
-        empty, codebook=scheme.codebook, block_size=scheme.block_size, double_quant=scheme.double_quant
-    )
-    if scheme.double_quant:
+    record = layer_class(scheme).quantize_weight(empty, scheme)
+    if isinstance(record, QTensor4) and record.nested:
         # The header's text holds this number, so it needs a value; the text's length is open in any case.
         record = replace(record, absmax_offset=torch.zeros(1))
     return tensor_infos(record_tensors(record, prefix, format))
@@ -118,7 +127,11 @@ def _is_header(name: str) -> bool:
 
 
 def _is_native_header(name: str) -> bool:
-    return name.rpartition(".")[2] == state_4bit.HEADER
+    return _leaf(name) == state_4bit.HEADER
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def model_tensors(model: nn.Module, format: Literal["bnb", "qbits"]) -> Iterator[dict[str, Tensor]]:
@@ -131,7 +144,7 @@ def model_tensors(model: nn.Module, format: Literal["bnb", "qbits"]) -> Iterator
     packed = {
         f"{name}.": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Linear4bit) and module.is_quantized
+        if isinstance(module, QuantizedLinear) and module.is_quantized
     }
     seen: set[Any] = set()
     group: dict[str, Tensor] = {}
@@ -175,11 +188,12 @@ def weight_groups(keys: Iterable[str]) -> dict[str, list[str]]:
     """
     names = list(keys)
     native = [f"{name.removesuffix(state_4bit.HEADER)}weight" for name in names if _is_native_header(name)]
-    groups: dict[str, list[str]] = {name: [] for name in [*quantized_names(names), *native]}
+    int8 = [f"{name.rpartition('.')[0]}.weight" for name in names if _leaf(name) in state_8bit.SCALE_NAMES]
+    groups: dict[str, list[str]] = {name: [] for name in [*quantized_names(names), *native, *int8]}
     for name in names:
         prefix = name[: name.rfind(".") + 1]
         owners = [name, prefix[:-1], name.rpartition(f".{HEADER_MARK}")[0]]
-        if name[len(prefix) :] in (*state_4bit.PARAMETERS, state_4bit.HEADER):
+        if name[len(prefix) :] in _LEAVES:
             owners.append(f"{prefix}weight")
         owner = next((owner for owner in owners if owner in groups), None)
         if owner is not None:
@@ -188,16 +202,25 @@ def weight_groups(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_record(
-    reader: CheckpointReader, name: str, keys: Iterable[str], device: torch.device | str = "cpu"
-) -> QTensor4:
+    reader: CheckpointReader,
+    name: str,
+    keys: Iterable[str],
+    device: torch.device | str = "cpu",
+    row: int | None = None,
+) -> Record:
     """Read and check a quantized weight; its tensors are views of the file unless they go to another device.
+
+    ``row`` is K where the layer is known, for layouts that pad it.
 
     Raises:
         CheckpointFormatError: naming the key that does not fit.
     """
     entries: dict[str, Any] = {key: reader.view(key) for key in keys}
-    record = state_4bit.pop_record(entries, name.removesuffix("weight")) if name.endswith("weight") else None
+    record: Record | None = None
+    if name.endswith("weight"):
+        prefix = name.removesuffix("weight")
+        record = state_8bit.pop_record(entries, prefix, row) or state_4bit.pop_record(entries, prefix)
     if record is None:
         record = read_quantized(entries, name)
-    moved: QTensor4 = pytree.tree_map(lambda t: t.to(device), record)
+    moved: Record = pytree.tree_map(lambda t: t.to(device), record)
     return moved

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbits.checkpoint import layouts
+from qbits.checkpoint import config, layouts
 from qbits.checkpoint.reader import CheckpointReader
 from qbits.errors import CheckpointFormatError
-from qbits.model import LinearGroup, linear_groups, replace_group_
-from qbits.nn import Linear4bit
+from qbits.model import linear_groups, replace_group_
+from qbits.nn import QuantizedLinear, layer_class, state_4bit, state_8bit
 from qbits.records import QTensor4
+from qbits.schemes import QuantScheme
 
 __all__ = ["Loader"]
 
@@ -29,6 +30,7 @@ class Loader:
         device: torch.device | str | None,
     ) -> None:
         self.reader, self.quantized, self.model, self.device = reader, quantized, model, device
+        self.int8_scheme = config.int8_schemes(reader)
         statistics = {key for keys in quantized.values() for key in keys}
         self.plain = [key for key in reader if key not in statistics]
         self.groups = {
@@ -49,9 +51,7 @@ class Loader:
         self._check(strict)
         for name, keys in self.quantized.items():
             if name in self.groups:
-                self._install(
-                    self.groups[name], layouts.read_record(self.reader, name, keys, self._target(name))
-                )
+                self._install(name, self._read(name, keys, self._target(name)))
         by_module: dict[str, list[str]] = {}
         for key in self.plain:
             by_module.setdefault(key.rpartition(".")[0], []).append(key)
@@ -62,10 +62,14 @@ class Loader:
         if self.device is not None:
             self.model.to(self.device)
 
+    def _read(self, name: str, keys: Iterable[str], device: torch.device | str = "cpu") -> layouts.Record:
+        row = self.groups[name].first.in_features if name in self.groups else None
+        return layouts.read_record(self.reader, name, keys, device, row)
+
     def _check(self, strict: bool) -> None:
         known = {key for names in self.shared.values() for key in names}
         for name, keys in self.quantized.items():
-            record = layouts.read_record(self.reader, name, keys)
+            record = self._read(name, keys)
             if name in self.groups:
                 self._check_layer(name, record, self.groups[name].first)
             elif name in known:
@@ -74,6 +78,11 @@ class Loader:
                 )
         expected = self._expected()
         for key in self.plain:
+            dtype = self.reader.info(key).dtype
+            if key in self.groups and not dtype.is_floating_point:
+                raise CheckpointFormatError(
+                    f"qbits::load: {key} must stand beside its scales, got {dtype} alone"
+                )
             if key in expected and key not in self.groups:
                 self._check_shape(key, self.reader.info(key).shape or (), tuple(expected[key].shape))
         if not strict:
@@ -91,19 +100,20 @@ class Loader:
     def _expected(self) -> dict[str, Tensor]:
         """The model's own keys; a quantized weight counts as one."""
         state = self.model.state_dict(keep_vars=True)
-        packed = [n for n, m in self.model.named_modules(remove_duplicate=False) if isinstance(m, Linear4bit)]
+        modules = self.model.named_modules(remove_duplicate=False)
+        packed = [name for name, module in modules if isinstance(module, QuantizedLinear)]
         own = {f"{name}.weight" for name in packed}
-        prefixes = tuple(f"{name}.weight" for name in packed)
+        prefixes = tuple(f"{name}.{leaf}" for name in packed for leaf in ("weight", state_8bit.SCALES))
         return {
             key: value for key, value in state.items() if key in own or not key.startswith(prefixes or "\0")
         }
 
-    def _check_layer(self, name: str, record: QTensor4, layer: nn.Linear) -> None:
+    def _check_layer(self, name: str, record: layouts.Record, layer: nn.Linear) -> None:
         self._check_shape(name, record.shape, (layer.out_features, layer.in_features))
-        if isinstance(layer, Linear4bit) and layer.scheme.codebook != record.codebook:
+        if isinstance(layer, QuantizedLinear) and not layer.accepts(record):
+            got = record.codebook if isinstance(record, QTensor4) else "int8"
             raise CheckpointFormatError(
-                f"qbits::load: {name} must be {layer.scheme.codebook} as the model's layer is, "
-                f"got {record.codebook}"
+                f"qbits::load: {name} must be {layer.scheme.codebook} as the model's layer is, got {got}"
             )
 
     def _check_shape(self, key: str, got: tuple[int, ...], due: tuple[int, ...]) -> None:
@@ -119,26 +129,21 @@ class Loader:
         device = self.groups[name].first.weight.device
         return "cpu" if device.type == "meta" else device
 
-    def _install(self, group: LinearGroup, record: QTensor4) -> None:
+    def _install(self, name: str, record: layouts.Record) -> None:
         """Make the layers of a group hold a quantized weight."""
+        group = self.groups[name]
         old = group.first
-        if isinstance(old, Linear4bit):
+        if isinstance(old, QuantizedLinear):
             old.load_record(record)
             if len(group.layers) > 1:
                 replace_group_(self.model, group, old)
             return
-        layer = Linear4bit(
-            old.in_features,
-            old.out_features,
-            bias=False,
-            codebook=record.codebook,
-            block_size=record.block_size,
-            double_quant=record.nested,
-            device="meta",
-            dtype=record.dtype,
-        )
-        layer.load_record(record)
-        replace_group_(self.model, group, layer)
+        scheme: QuantScheme
+        if isinstance(record, QTensor4):
+            scheme = state_4bit.scheme_of(record)
+        else:
+            scheme = self.int8_scheme(name.removesuffix(".weight"))
+        replace_group_(self.model, group, layer_class(scheme).from_record(old, record, scheme))
 
     def _fill(self, module: nn.Module, prefix: str, keys: Iterable[str]) -> None:
         """Copy a module's own tensors, or put them in the place of its meta tensors."""

@@ -1,5 +1,21 @@
 """Modules with quantized weights; each holds parameters and calls `qbits.functional`."""
 
 from qbits.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
+from qbits.nn.outlier import OutlierPool
+from qbits.nn.quantized_linear import QuantizedLinear
+from qbits.schemes import QuantScheme
 
-__all__ = ["Linear4bit", "LinearFP4", "LinearNF4"]
+__all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "OutlierPool", "QuantizedLinear"]
+
+LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit,)
+"""One for each class of schemes."""
+
+
+def layer_class(scheme: QuantScheme) -> type[QuantizedLinear]:
+    """Return the class of layers that have such a scheme.
+
+    >>> from qbits.schemes import NF4
+    >>> layer_class(NF4()).__name__
+    'Linear4bit'
+    """
+    return next(cls for cls in LAYER_CLASSES if isinstance(scheme, cls.scheme_class))

@@ -9,7 +9,6 @@ codebook, block size, original dtype and shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from qbits import codebooks, quant_state
 from qbits.errors import CheckpointFormatError
 from qbits.quant_state import QuantHeader
 from qbits.records import QTensor4
+from qbits.schemes import QuantScheme, Scheme4bit
 
-__all__ = ["PARAMETERS", "from_parameters", "header", "move_bytes", "pop_record", "to_parameters"]
+__all__ = ["PARAMETERS", "from_parameters", "header", "pop_record", "scheme_of", "to_parameters"]
 
 # the names of a quantized weight's parameters, each with the field of QTensor4 that it holds
 PARAMETERS = {
@@ -45,6 +45,14 @@ def to_parameters(record: QTensor4) -> dict[str, torch.Tensor]:
     if record.nested:
         tensors["weight_absmax_offset"] = tensors["weight_absmax_offset"].reshape(1)
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def scheme_of(record: QTensor4) -> Scheme4bit:
+    """Return the scheme that makes records such as ``record``."""
+    fields = {"codebook": record.codebook, "block_size": record.block_size, "double_quant": record.nested}
+    scheme = QuantScheme.from_dict(fields)
+    assert isinstance(scheme, Scheme4bit)
+    return scheme
 
 
 def from_parameters(tensors: Any, header: QuantHeader) -> QTensor4:
@@ -115,12 +123,3 @@ def _pop_native(entries: dict[str, Any], prefix: str) -> QTensor4:
     )
     quant_state.check_scales(f"{prefix}weight_absmax_scale", record.absmax_scale, decoded)
     return record
-
-
-def move_bytes(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Apply ``fn`` of `Module._apply` to the bytes of ``tensor``: it moves them, and has no float to cast."""
-    as_bytes = tensor.detach().reshape(-1).view(torch.uint8)
-    moved = fn(as_bytes)
-    if moved.dtype != torch.uint8:  # Module.type() casts integers, too
-        moved = as_bytes.to(moved.device)
-    return moved.view(tensor.dtype).view(tensor.shape)

@@ -15,9 +15,9 @@ from torch import nn
 from qbits import codebooks, functional
 from qbits.compat.bitsandbytes.nn.params import Params4bit
 from qbits.compat.bitsandbytes.state import QuantState
-from qbits.errors import NotQuantizedError, QbitsWarning
+from qbits.errors import QbitsWarning
 from qbits.nn import linear_4bit as modern
-from qbits.nn.state_4bit import move_bytes
+from qbits.nn.quantized_linear import move_bytes
 from qbits.records import QTensor4
 from qbits.schemes import QuantScheme
 
@@ -38,6 +38,7 @@ class Linear4bit(modern.Linear4bit):
     """
 
     default_scheme = "fp4"
+    _how_to_quantize = ".to(device) or quantize_()"
     _parameter_names = ("weight",)
     _stripped_state: QuantState | None = None
     weight: Params4bit
@@ -54,22 +55,15 @@ class Linear4bit(modern.Linear4bit):
         device: torch.device | str | None = None,
     ) -> None:
         scheme = QuantScheme.from_dict({"codebook": quant_type, "double_quant": compress_statistics})
-        self._construct(input_features, output_features, bias, scheme, compute_dtype, device, None)
+        arguments = (input_features, output_features, bias, self._check_scheme(scheme), device, None)
+        self._construct(*arguments, compute_dtype=compute_dtype)
         self.weight.quant_storage = self.quant_storage = quant_storage
 
-    def _construct(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        scheme: QuantScheme,
-        compute_dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super()._construct(in_features, out_features, bias, scheme, compute_dtype, device, dtype)
+    def _construct(self, *arguments: Any, **options: Any) -> None:
+        super()._construct(*arguments, **options)
+        scheme = self.scheme
         self.quant_storage = torch.uint8
-        self.compute_type_is_set = compute_dtype is not None
+        self.compute_type_is_set = self.compute_dtype is not None
         self.weight = Params4bit(
             self.weight.data,
             blocksize=scheme.block_size,
@@ -118,10 +112,7 @@ class Linear4bit(modern.Linear4bit):
         """Return the weight's tensors as the record that `qbits.functional` takes; nothing is copied."""
         state = self.quant_state
         if state is None:
-            raise NotQuantizedError(
-                "qbits::linear_4bit: weight must be quantized, call .to(device) or quantize_() first, got "
-                f"{self.weight.dtype} {list(self.weight.shape)}"
-            )
+            self._refuse_float()
         return state.record(self.weight)
 
     def _weight_arguments(self) -> tuple[Any, ...]:
@@ -144,9 +135,7 @@ class Linear4bit(modern.Linear4bit):
         return {"weight": weight}
 
     def _reserve(self, record: QTensor4, device: torch.device, *, adopt: bool) -> None:
-        self.scheme = QuantScheme.from_dict(
-            {"codebook": record.codebook, "block_size": record.block_size, "double_quant": record.nested}
-        )
+        self.scheme = self._scheme_of(record)
         weight: Any = self._tensors_of(record)["weight"]
         if not adopt:
             old = self.weight.data
