@@ -2,6 +2,7 @@
 // fields of the kernels' structs: absmax, absmax_scale, absmax_offset, absmax_codebook, block_shift, bias, bias_dtype.
 #pragma once
 #include <type_traits>
+#include "bias.cuh"
 #include "codebook.cuh"
 #include "dtype.cuh"
 
@@ -114,12 +115,3 @@ class BlockScales {
     int shift_;
     int in_group_;  // elements before `first_element`
 };
-
-/// bias[row] as float32, 0 without a bias.
-template <typename Params, typename Row>
-__device__ __forceinline__ float load_bias(const Params& p, Row row) {
-    if (p.bias == nullptr) return 0.0f;
-    if (p.bias_dtype == 0) return static_cast<const float*>(p.bias)[row];
-    if (p.bias_dtype == 1) return float(static_cast<const float16*>(p.bias)[row]);
-    return float(static_cast<const bfloat16*>(p.bias)[row]);
-}

@@ -120,7 +120,7 @@ __device__ __forceinline__ void gemm_4bit_transposed_columns(const Gemm4bitTrans
     };
     if (S::kHasProducer && warp == S::kWarps) {
         if (lane > 0) return;
-        wgmma::Ring<kStages> at;
+        Ring<kStages> at;
         #pragma unroll 1
         for (int i = 0; i < num_stages; ++i, at.advance()) {
             barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
@@ -180,7 +180,7 @@ __device__ __forceinline__ void gemm_4bit_transposed_columns(const Gemm4bitTrans
     if constexpr (kNested) load_groups(0);
 
     float sum[kUnits][4][kTokenTiles][4] = {};
-    wgmma::Ring<kStages> at;
+    Ring<kStages> at;
     #pragma unroll 1
     for (int i = 0; i < num_stages; ++i) {
         const uint32_t stage = at.slot * S::kStageBytes;

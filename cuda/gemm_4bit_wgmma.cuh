@@ -1,10 +1,11 @@
 // What the wgmma kernels of gemm_4bit (mid, large) share: the operands beside the tensor maps, the codebook as
-// values and as a pair table, four block scales of a row at once (plain or nested), bias, ring, swizzle.
+// values and as a pair table, four block scales of a row at once (plain or nested), bias, swizzle.
 // Decoded weights are the register operand of wgmma, rows of the weight its 64 rows, tokens its columns: the
 // kernels compute output^T. TMA, barriers and wgmma itself are in ptx_sm90.cuh.
 #pragma once
 #include "gemm_4bit.cuh"
 #include "ptx_sm90.cuh"
+#include "ring.cuh"
 
 /// Operands that need no tensor map; mirrored by `ops::gemm_4bit::Gemm4bitOperands`.
 struct Gemm4bitOperands {
@@ -210,21 +211,6 @@ class RowScales {
     int shift_, num_units_;
     float offset_;
     Form form_;
-};
-
-/// Position in a ring of stages; `parity` is that of the fill, a free slot has the other one.
-template <int kStages>
-struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance(int count = 1) {
-        slot += count;
-        if (slot >= kStages) {
-            slot -= kStages;
-            parity ^= 1;
-        }
-    }
 };
 
 /// Byte offset of 16-byte piece `piece` of row `row` in rows of kRowBytes that TMA has swizzled as wide as

@@ -72,8 +72,8 @@ def build(folder: Path, sanitize: bool, modules: Sequence[str] = QUANTIZERS, sou
     """scheduler.so, and one library for each module with the kernels under their own names."""
     for source in [*CUDA.glob("*.cuh"), *(sources / f"{name}.cu" for name in modules)]:
         shutil.copy(source, folder)
-    for name in ("ptx.cuh", "ptx_sm90.cuh"):
-        shutil.copy(HERE / name, folder)  # in place of the one with assembly
+    for name in ("ptx.cuh", "ptx_sm90.cuh", "ptx_wgmma.cuh"):
+        shutil.copy(HERE / name, folder)  # in place of those with assembly
     flags = [*FLAGS, *(SANITIZER if sanitize else ()), f"-I{folder}", f"-I{HERE}"]
     flags += [f"-I{path}" for path in cuda_include_folders()]
     compiler = ["g++", *flags, "-include", "emulation.h", "-c", "-x", "c++"]

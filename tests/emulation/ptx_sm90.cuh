@@ -1,11 +1,10 @@
 // Stands in for cuda/ptx_sm90.cuh: the same functions without assembly. Kept: phases and transaction counts of
-// barriers, boxes, zero fill and swizzles of TMA, ranks in shared addresses, fragment layouts of wgmma and ldmatrix.
-// Copies come at random times, and groups of wgmma as early or as late as they may. Not modelled: memory ordering.
+// barriers, boxes, zero fill and swizzles of TMA, ranks in shared addresses, fragment layouts of ldmatrix. Copies come at
+// random times. Not modelled: memory ordering.
 #pragma once
 #include <cstdint>
-#include <type_traits>
-#include "dtype.cuh"
 #include "hopper.h"
+#include "ptx_wgmma.cuh"
 
 /// In place of the driver's encoding; filled by the tests.
 struct alignas(64) TensorMap {
@@ -101,6 +100,7 @@ inline void barrier_arrive(uint32_t barrier) {
     emulation::delay();
 }
 inline void barrier_arrive_cluster(uint32_t barrier, int rank) { barrier_arrive(at_rank(barrier, rank)); }
+inline void barrier_arrive_remote(uint32_t barrier, int rank) { barrier_arrive(at_rank(barrier, rank)); }
 inline void barrier_expect(uint32_t barrier, int num_bytes) { emulation::barrier_arrive(barrier, num_bytes); }
 inline bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
     emulation::delay();
@@ -129,9 +129,6 @@ inline void cluster_sync() {
 
 // ---------------------------------------------------------------------------------------------------- TMA
 
-inline uint32_t swizzled(uint32_t address, int width) {
-    return address ^ ((address >> 7 & uint32_t(width / 16 - 1)) << 4);
-}
 inline void tma_load(uint32_t dst, const TensorMap* map, int column, int row, int plane, uint32_t barrier) {
     if (dst % 128 || swizzled(dst, map->swizzle_bytes) != dst) emulation::fail("TMA to a misaligned address");
     const int bytes = map->element_bytes;
@@ -187,98 +184,3 @@ template <int kRegisters>
 void raise_registers() {}
 template <int kRegisters>
 void lower_registers() {}
-
-// -------------------------------------------------------------------------------------------------- wgmma
-
-inline void wgmma_fence() {}
-/// Runs the groups but the last kPending.
-inline void run_wgmmas(size_t pending) {
-    auto& committed = emulation::wgmmas().committed;
-    while (committed.size() > pending) {
-        const auto group = std::move(committed.front());
-        committed.pop_front();
-        for (const auto& run : group) run();
-    }
-}
-inline void wgmma_commit() {
-    emulation::Wgmmas& all = emulation::wgmmas();
-    all.committed.push_back(std::move(all.open));
-    all.open.clear();
-    if (++all.num_groups * 0x9e3779b9u >> 31) run_wgmmas(0);  // lanes agree: half of the groups run at once
-}
-template <int kPending>
-void wgmma_wait() {
-    run_wgmmas(kPending);
-}
-template <typename V, int kCount>
-void pin(V (&)[kCount]) {}
-inline uint32_t opaque(uint32_t v) { return v; }
-inline uint64_t operand_descriptor(uint32_t address) {
-    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
-           uint64_t(1) << 62;
-}
-
-/// Sixteen elements of each row of an operand under the 128 B swizzle, 8 rows 1024 bytes apart.
-template <typename T>
-void read_operand(float (*rows)[16], int num_rows, uint64_t descriptor) {
-    const uint64_t fields = operand_descriptor(0);
-    if ((descriptor & ~uint64_t(0x3fff)) != fields)
-        emulation::fail("an operand's descriptor of another form");
-    const uint32_t start = emulation::cta_rank() << 24 | uint32_t(descriptor & 0x3fff) << 4;
-    for (int row = 0; row < num_rows; ++row)
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t from = start + uint32_t(row / 8 * 1024 + row % 8 * 128 + 16 * half);
-            uint16_t bits[8];
-            std::memcpy(bits, emulation::shared_at(swizzled(from, 128), 16), 16);
-            for (int i = 0; i < 8; ++i) rows[row][8 * half + i] = float(emulation::from_bits<T>(bits[i]));
-        }
-}
-/// Lane (g, t) holds rows g and g + 8 of a, and of the sums columns 2 t and 2 t + 1 of each 8 tokens. Lane 0 works for
-/// its warp, which has 16 of the 64 rows.
-template <typename T, int kTokens, bool kAdd, bool kSharedA>
-void run_wgmma(float* acc, const uint32_t (&a)[4], uint64_t a_shared, uint64_t b) {
-    struct Fragments {
-        float* acc;
-        uint32_t a[4];
-    } own = {acc, {a[0], a[1], a[2], a[3]}};
-    const uint64_t* const all = emulation::exchange(reinterpret_cast<uint64_t>(&own));
-    if (threadIdx.x % 32 == 0) {
-        const auto lane = [=](int i) -> const Fragments& {
-            return *reinterpret_cast<const Fragments*>(all[i]);
-        };
-        float left[16][16], right[kTokens][16];
-        if constexpr (kSharedA) {
-            read_operand<T>(left, 16, a_shared + threadIdx.x % 128 / 32 * (16 * 128 / 16));
-        } else {
-            for (int row = 0; row < 16; ++row)
-                for (int k = 0; k < 16; ++k) {
-                    const uint32_t word = lane(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
-                    left[row][k] = float(emulation::from_bits<T>(word >> 16 * (k % 2) & 0xffff));
-                }
-        }
-        read_operand<T>(right, kTokens, b);
-        for (int i = 0; i < 32; ++i)
-            for (int j = 0; j < kTokens / 2; ++j) {
-                const float* const x = left[i / 4 + j / 2 % 2 * 8];
-                const float* const y = right[j / 4 * 8 + i % 4 * 2 + j % 2];
-                float sum = 0.0f;
-                for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
-                float& to = lane(i).acc[j];
-                to = (kAdd ? to : 0.0f) + sum;
-            }
-    }
-    __syncwarp();
-}
-template <typename T, int kTokens, bool kAdd = true>
-void wgmma_k16(float (&acc)[kTokens / 2], const uint32_t* a, uint64_t b) {
-    const uint32_t words[4] = {a[0], a[1], a[2], a[3]};
-    emulation::wgmmas().open.push_back(
-        [to = &acc[0], words, b] { run_wgmma<T, kTokens, kAdd, false>(to, words, 0, b); });
-}
-template <typename T, int kTokens>
-void wgmma_k16_shared(float (&acc)[kTokens / 2], uint64_t a, uint64_t b) {
-    emulation::wgmmas().open.push_back([to = &acc[0], a, b] {
-        const uint32_t words[4] = {};
-        run_wgmma<T, kTokens, true, true>(to, words, a, b);
-    });
-}
