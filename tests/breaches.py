@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from calls import SPECS, Call, names
+from calls import SPECS, Call, names, valid_call
 from compare import POISON, dtype_of
 from qbits import errors
 
@@ -22,6 +22,7 @@ class Breach(NamedTuple):
     kind: type[Exception]
     apply: Callable[[Call], str]  # changes the call; returns `must <rule>, got <value>`
     with_optional: bool = False
+    wanted: str = ""  # the optional argument that the call must have
 
     def __repr__(self) -> str:
         return f"{self.op}-{self.argument}-{self.how}"
@@ -114,7 +115,7 @@ def tensor_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     name, optional = arg["name"], arg["role"] == "optional"
 
     def breach(how: str, kind: type[Exception], apply: Callable[[Call], str]) -> Breach:
-        return Breach(op, name, how, kind, apply, optional)
+        return Breach(op, name, how, kind, apply, optional, name)
 
     for value in ([1, 2], "tensor", 3, *(() if optional else (None,))):
         got = "None" if value is None else type(value).__name__
@@ -139,9 +140,19 @@ def tensor_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
             errors.ShapeError,
             change_tensor(name, lambda t: t.sum() if leads else t[None], rank_sentence(arg)),
         )
-        yield breach("is too wide", errors.ShapeError, change_tensor(name, wider, shape_sentence(arg)))
+        if not binds_width(op, arg):
+            yield breach("is too wide", errors.ShapeError, change_tensor(name, wider, shape_sentence(arg)))
     elif not arg["shape"].isidentifier() or op in LENGTH_FROM_INT.get(arg["shape"], ()):
         yield breach("is too long", errors.ShapeError, wrong_length(arg))
+
+
+def binds_width(op: str, arg: dict[str, Any]) -> bool:
+    """Whether the last dimension of the argument is what others are compared with."""
+    symbol = arg["shape"].split(",")[-1].strip()
+    if any(other["name"] == symbol for other in SPECS[op]["args"]):
+        return False
+    shapes = {other["name"]: other.get("shape", "").replace(",", " ").split() for other in SPECS[op]["args"]}
+    return next(name for name, symbols in shapes.items() if symbol in symbols) == arg["name"]
 
 
 def wrong_dtype(name: str, dtype: str, rule: str) -> Callable[[Call], str]:
@@ -217,7 +228,8 @@ def output_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     for other in SPECS[op]["args"]:
         if other["role"] in ("input", "optional", "output") and other["name"] != name:
             how, optional = f"overlaps {other['name']}", other["role"] == "optional"
-            yield Breach(op, name, how, errors.ArgumentValueError, overlap(op, name, other["name"]), optional)
+            apply = overlap(op, name, other["name"])
+            yield Breach(op, name, how, errors.ArgumentValueError, apply, optional, other["name"])
 
 
 def overlap(op: str, output: str, other: str) -> Callable[[Call], str]:
@@ -256,6 +268,16 @@ def rule_breaches(op: str) -> Iterator[Breach]:
                 lone_argument(given, sentence),
                 True,
             )
+        elif rule[0] == "excludes":
+            _, given, other = rule
+            apply = both_arguments(given, other)
+            yield Breach(op, given, f"beside {other}", errors.ArgumentValueError, apply, True, given)
+        elif rule[0] == "none_for":
+            _, given, of, dtype = rule
+            apply = set_argument(of, dtype_of(dtype), f"must be None for {of} {dtype}, got a tensor")
+            yield Breach(
+                op, given, f"for {dtype}", errors.ArgumentValueError, alone(given, apply), True, given
+            )
         else:
             _, name, given, then, otherwise = rule
             for dtype, due, word, optional in (
@@ -264,6 +286,26 @@ def rule_breaches(op: str) -> Iterator[Breach]:
             ):
                 apply = wrong_dtype(name, dtype, f"have dtype {due} {word} {given}")
                 yield Breach(op, name, f"is {dtype} {word} {given}", errors.DtypeError, apply, optional)
+
+
+def both_arguments(name: str, other: str) -> Callable[[Call], str]:
+    """Gives the argument that excludes the one that the call has."""
+
+    def apply(call: Call) -> str:
+        call.args[other] = valid_call(call.name, str(call.args[name].device), with_optional=True).args[other]
+        return f"must be None with {other}, got a tensor"
+
+    return apply
+
+
+def alone(kept: str, change: Callable[[Call], str]) -> Callable[[Call], str]:
+    """Removes every other optional argument, and changes the call; the outputs follow a changed dtype."""
+
+    def apply(call: Call) -> str:
+        lone_argument(kept, "")(call)
+        return change(call)
+
+    return apply
 
 
 def lone_argument(kept: str, sentence: str) -> Callable[[Call], str]:

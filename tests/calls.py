@@ -85,6 +85,8 @@ class Call:
 
 def content(name: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
     """Numbers that make sense for an argument of that name: ascending maps, positive scales, normal data."""
+    if dtype == torch.bool:
+        return torch.rand(shape, device=device) < 0.25
     if not dtype.is_floating_point:
         return torch.randint(0, 256, shape, device=device).to(dtype)
     if name.endswith("codebook"):
@@ -99,14 +101,19 @@ def valid_call(
     device: str = "cpu",
     *,
     with_optional: bool = False,
+    wanted: str = "",
     float_dtype: str = "float32",
     **sizes: int,
 ) -> Call:
-    """A call that must succeed. `with_optional` gives every optional argument, so statistics are nested."""
+    """A call that must succeed. `with_optional` gives every optional argument, so statistics are nested.
+
+    Of two that exclude each other it gives the `wanted` one, else the second.
+    """
     spec, bound = SPECS[op], {**SIZES, **sizes}
     conditional = {
         rule[1]: rule[3 if with_optional else 4] for rule in spec["rules"] if rule[0] == "dtype_if_given"
     }
+    excluded = {rule[2 if rule[1] == wanted else 1] for rule in spec["rules"] if rule[0] == "excludes"}
     args: dict[str, Any] = {}
     for arg in spec["args"]:
         name, role = arg["name"], arg["role"]
@@ -114,7 +121,7 @@ def valid_call(
             args[name] = bound[name]
         elif role in ("str", "dtype"):
             args[name] = dtype_of(float_dtype) if role == "dtype" else arg["choices"][0]
-        elif role == "optional" and not with_optional:
+        elif role == "optional" and (not with_optional or name in excluded):
             args[name] = None
         elif role in ("input", "optional"):
             dtype = conditional.get(name, float_dtype if float_dtype in arg["dtypes"] else arg["dtypes"][0])

@@ -322,6 +322,62 @@ def gemm_4bit_transposed(
     return product
 
 
+INVERSE_127, INVERSE_127_SQUARED = np.array([0x3C010204, 0x38820610], np.uint32).view(np.float32)
+
+
+def fused_multiply_add(a: Floats, b: Floats, c: Floats) -> Floats:
+    """`RN(a * b + c)`: the product is exact in float64, the sum is rounded to odd there before float32."""
+    product = a.astype(np.float64) * b.astype(np.float64)
+    wide = c.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = product + wide
+        share = total - product
+        error = (product - (total - share)) + (wide - share)
+        inexact = np.isfinite(total) & (error != 0) & (total.view(np.int64) % 2 == 0)
+        away = np.where((error > 0) == (total > 0), 1, -1)
+        odd = np.where(inexact, total.view(np.int64) + away, total.view(np.int64)).view(np.float64)
+        rounded: Floats = odd.astype(np.float32)
+    return rounded
+
+
+def gemm_int8(
+    codes: npt.NDArray[np.int8],
+    weight: npt.NDArray[np.int8],
+    input_scales: Floats | None = None,
+    weight_scales: Floats | None = None,
+    bias: Floats | None = None,
+) -> Floats:
+    """The scaled sums [M, N] in float32, before the rounding to the output dtype."""
+    sums = codes.astype(np.int64) @ weight.astype(np.int64).T
+    rows = np.ones(len(codes), np.float32)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        if input_scales is not None:
+            rows = input_scales * INVERSE_127_SQUARED
+        terms = sums.astype(np.float32) * rows[:, None]
+    scales = np.ones(1, np.float32) if weight_scales is None else weight_scales
+    addend = np.zeros(1, np.float32) if bias is None else bias
+    return fused_multiply_add(*np.broadcast_arrays(terms, scales, addend))
+
+
+def gemm_int8_outliers(
+    codes: npt.NDArray[np.int8],
+    input_scales: Floats,
+    x: Floats,
+    mask: npt.NDArray[np.bool_],
+    weight: npt.NDArray[np.int8],
+    weight_scales: Floats,
+    bias: Floats | None,
+    dtype: str,
+) -> npt.NDArray[np.float64]:
+    """The same with the masked columns of x in float64; the weight there is rounded to `dtype`."""
+    decoded = (weight.astype(np.float32) * weight_scales[:, None]) * INVERSE_127
+    stored = round_to(decoded, dtype)
+    if dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    product = x[:, mask].astype(np.float64) @ stored[:, mask].astype(np.float64).T
+    return gemm_int8(codes, weight, input_scales, weight_scales, bias) + product
+
+
 # -------------------------------------------------------------------------------------------- output dtypes
 
 

@@ -178,6 +178,8 @@ ORACLES = {
     "dequantize_no_absmax": reference.decode_no_absmax,
     "gemm_4bit": reference.gemm_4bit,
     "gemm_4bit_transposed": reference.gemm_4bit_transposed,
+    "gemm_int8": reference.gemm_int8,
+    "gemm_int8_outliers": reference.gemm_int8_outliers,
 }
 
 

@@ -40,7 +40,7 @@ def assert_refused(
 
 @pytest.mark.parametrize("breach", BREACHES, ids=repr)
 def test_a_broken_argument_is_refused_with_one_sentence(device, breach):
-    call = valid_call(breach.op, device, with_optional=breach.with_optional)
+    call = valid_call(breach.op, device, with_optional=breach.with_optional, wanted=breach.wanted)
     sentence = breach.apply(call)
     assert_refused(call, breach.argument, breach.kind, sentence, call.run)
 

@@ -267,3 +267,47 @@ def eager_gemm_4bit_transposed(
     out: Any,
     /,
 ) -> Array: ...
+def gemm_int8(
+    input: Array,
+    weight: Array,
+    dtype: DtypeLike,
+    input_scales: Array | None,
+    weight_scales: Array | None,
+    weight_scale: Array | None,
+    bias: Array | None,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_gemm_int8(
+    input: Array,
+    weight: Array,
+    dtype: DtypeLike,
+    input_scales: Array | None,
+    weight_scales: Array | None,
+    weight_scale: Array | None,
+    bias: Array | None,
+    out: Any,
+    /,
+) -> Array: ...
+def gemm_int8_outliers(
+    input_codes: Array,
+    input_scales: Array,
+    input: Array,
+    outlier_mask: Array,
+    weight: Array,
+    weight_scales: Array,
+    bias: Array | None,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_gemm_int8_outliers(
+    input_codes: Array,
+    input_scales: Array,
+    input: Array,
+    outlier_mask: Array,
+    weight: Array,
+    weight_scales: Array,
+    bias: Array | None,
+    out: Any,
+    /,
+) -> Array: ...

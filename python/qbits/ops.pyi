@@ -118,3 +118,25 @@ def gemm_4bit_transposed(
     *,
     out: Array | None = None,
 ) -> Array: ...
+def gemm_int8(
+    input: Array,
+    weight: Array,
+    dtype: DtypeLike,
+    input_scales: Array | None = None,
+    weight_scales: Array | None = None,
+    weight_scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> Array: ...
+def gemm_int8_outliers(
+    input_codes: Array,
+    input_scales: Array,
+    input: Array,
+    outlier_mask: Array,
+    weight: Array,
+    weight_scales: Array,
+    bias: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> Array: ...

@@ -84,6 +84,12 @@ T __shfl_sync(unsigned, T value, int source, int width = 32) {
     return emulation::from_bits<T>(emulation::exchange(emulation::to_bits(value))[from]);
 }
 template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+    const int lane = int(threadIdx.x % 32);
+    const uint64_t* const all = emulation::exchange(emulation::to_bits(value));
+    return emulation::from_bits<T>(all[lane < distance ? lane : lane - distance]);
+}
+template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulation::from_bits<T>(emulation::exchange(emulation::to_bits(value))[(threadIdx.x % 32) ^ mask]);
 }
@@ -155,6 +161,14 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
     for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
     return c;
+}
+/// The same with signs.
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
+    return c;
+}
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
 }
 inline int __clz(uint32_t x) {
     return x ? __builtin_clz(x) : 32;

@@ -22,6 +22,7 @@ from qbits.functional.blockwise_8bit import (
 from qbits.functional.gemm_4bit import linear_4bit
 from qbits.functional.gemm_4bit import multiply_4bit as multiply_4bit
 from qbits.functional.gemm_4bit import weight_arguments as weight_arguments
+from qbits.functional.gemm_int8 import gemm_int8
 from qbits.records import QTensor4, QTensor8
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_no_absmax",
+    "gemm_int8",
     "get_4bit_type",
     "linear_4bit",
     "pack_4bit",

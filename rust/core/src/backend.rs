@@ -2,7 +2,9 @@
 
 use crate::cuda::{Stream, full_check, run_between_canaries};
 use crate::error::Result;
-use crate::ops::{blockwise_4bit, blockwise_8bit, gemm_4bit, gemm_4bit_transposed, nested, tensorwise};
+use crate::ops::{
+    blockwise_4bit, blockwise_8bit, gemm_4bit, gemm_4bit_transposed, gemm_int8, nested, tensorwise,
+};
 use crate::spec::{Bind, Compiled, Value};
 
 /// Runs an op whose arguments were checked. An op without one of the two implementations does not compile.
@@ -126,4 +128,6 @@ ops![
     tensorwise::DequantizeNoAbsmax,
     gemm_4bit::Gemm4bit,
     gemm_4bit_transposed::Gemm4bitTransposed,
+    gemm_int8::GemmInt8,
+    gemm_int8::GemmInt8Outliers,
 ];

@@ -13,6 +13,10 @@ pub use expr::{Compiled, Symbols};
 pub const FLOATS: &[Dtype] = &[Dtype::Float32, Dtype::Float16, Dtype::Bfloat16];
 /// Codes, one or two to a byte.
 pub const UINT8: &[Dtype] = &[Dtype::Uint8];
+/// Codes with a sign.
+pub const INT8: &[Dtype] = &[Dtype::Int8];
+/// Masks.
+pub const BOOL: &[Dtype] = &[Dtype::Bool];
 /// Statistics and code tables.
 pub const FLOAT32: &[Dtype] = &[Dtype::Float32];
 
@@ -60,6 +64,10 @@ pub enum Rule {
     Needs(&'static str, &'static str),
     /// The first has the third dtype where the second is given, else the fourth.
     DtypeIfGiven(&'static str, &'static str, Dtype, Dtype),
+    /// The first is not given together with the second.
+    Excludes(&'static str, &'static str),
+    /// The first is not given where the dtype argument that the second names is the third.
+    NoneFor(&'static str, &'static str, Dtype),
 }
 
 /// One argument of an op.

@@ -45,6 +45,8 @@ fn specs(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
                 Rule::DtypeIfGiven(arg, given, then, otherwise) => {
                     rules.append(("dtype_if_given", arg, given, then.name(), otherwise.name()))?;
                 }
+                Rule::Excludes(arg, other) => rules.append(("excludes", arg, other))?,
+                Rule::NoneFor(arg, of, dtype) => rules.append(("none_for", arg, of, dtype.name()))?,
             }
         }
         entry.set_item("rules", rules)?;

@@ -15,13 +15,16 @@ pub enum Family {
     Mid,
     /// Many rows, wgmma; Hopper only.
     Large,
+    /// 8-bit integers by mma.sync; Ampere and later.
+    Mma,
     /// Plain arithmetic; every GPU.
     Simt,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 5] = [Self::SkinnySm90, Self::Skinny, Self::Mid, Self::Large, Self::Simt];
+    pub const ALL: [Self; 6] =
+        [Self::SkinnySm90, Self::Skinny, Self::Mid, Self::Large, Self::Mma, Self::Simt];
 
     /// As `QBITS_FORCE_FAMILY` and printed plans have it.
     pub fn name(self) -> &'static str {
@@ -30,6 +33,7 @@ impl Family {
             Self::Skinny => "skinny",
             Self::Mid => "mid",
             Self::Large => "large",
+            Self::Mma => "mma",
             Self::Simt => "simt",
         }
     }
@@ -75,7 +79,7 @@ pub(super) fn settings(op: &str) -> Result<Settings> {
     }
 }
 
-/// The family that `QBITS_FORCE_FAMILY` selects: `skinny_sm90`, `skinny`, `mid`, `large` or `simt`.
+/// The family that `QBITS_FORCE_FAMILY` selects: the name of one.
 ///
 /// # Errors
 /// When a `QBITS_` variable of the CUDA backend has a value outside its set.
@@ -119,7 +123,7 @@ mod tests {
         let refused = |name, value| read(&[(name, value)]).unwrap_err();
         assert_eq!(
             refused("QBITS_FORCE_FAMILY", "sm70"),
-            "QBITS_FORCE_FAMILY must be unset or skinny_sm90, skinny, mid, large, simt, got \"sm70\""
+            "QBITS_FORCE_FAMILY must be unset or skinny_sm90, skinny, mid, large, mma, simt, got \"sm70\""
         );
         assert_eq!(refused("QBITS_CHECK", "some"), "QBITS_CHECK must be unset or full, got \"some\"");
         assert_eq!(

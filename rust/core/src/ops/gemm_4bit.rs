@@ -8,10 +8,10 @@ mod skinny_sm90;
 mod wgmma;
 
 use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of};
-use super::{host_weight, with_float};
+use super::{bias_number, host_weight, widen, with_float};
 use crate::backend::{Cpu, Cuda, Run};
 use crate::codebook::Codebook4;
-use crate::cpu::{self, Execution, Float};
+use crate::cpu::{self, Execution};
 use crate::cuda::{Family, Limits, forced_family, images, launch, limits};
 use crate::error::Result;
 use crate::op;
@@ -163,17 +163,9 @@ impl Problem {
             Family::Mid => is_built("gemm_4bit_mid_sm90") && mid::fits(self, limits),
             Family::Large => is_built("gemm_4bit_large_sm90") && large::fits(self, limits),
             Family::Simt => true,
+            Family::Mma => false,
         }
     }
-}
-
-/// The elements of a float tensor of any checked dtype, widened.
-///
-/// # Safety
-/// As [`Run::run`].
-unsafe fn widen(tensor: &Tensor) -> Vec<f32> {
-    // SAFETY: the caller's promise.
-    with_float!(tensor.dtype, T => unsafe { tensor.as_slice::<T>().iter().map(|x| x.to_f32()).collect() })
 }
 
 impl Run<Gemm4bit> for Cpu {
@@ -201,15 +193,6 @@ pub(super) fn codebook_number(word: &str) -> i32 {
         Codebook4::Nf4 => 0,
         Codebook4::Fp4 => 1,
         Codebook4::Af4 => 2,
-    }
-}
-
-/// Number of the bias' dtype in the kernels' parameters.
-fn bias_number(bias: Option<Tensor>) -> i32 {
-    match bias.map(|bias| bias.dtype) {
-        None | Some(Dtype::Float32) => 0,
-        Some(Dtype::Float16) => 1,
-        Some(_) => 2,
     }
 }
 

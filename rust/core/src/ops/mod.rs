@@ -4,9 +4,11 @@ pub mod blockwise_4bit;
 pub mod blockwise_8bit;
 pub mod gemm_4bit;
 pub mod gemm_4bit_transposed;
+pub mod gemm_int8;
 pub mod nested;
 pub mod tensorwise;
 
+use crate::cpu::Float;
 use crate::cuda::{Launch, Symbol};
 use crate::tensor::{Dtype, Tensor};
 
@@ -69,6 +71,24 @@ fn symbol(family: &'static str, dtype: Dtype) -> Symbol {
 /// Address of an optional tensor, null where there is none.
 fn address(tensor: Option<Tensor>) -> *const u8 {
     tensor.map_or(std::ptr::null(), |tensor| tensor.data.cast_const())
+}
+
+/// Number of the bias' dtype in the kernels' parameters.
+fn bias_number(bias: Option<Tensor>) -> i32 {
+    match bias.map(|bias| bias.dtype) {
+        None | Some(Dtype::Float32) => 0,
+        Some(Dtype::Float16) => 1,
+        Some(_) => 2,
+    }
+}
+
+/// The elements of a float tensor of any checked dtype, widened.
+///
+/// # Safety
+/// As [`Run::run`](crate::backend::Run::run).
+unsafe fn widen(tensor: &Tensor) -> Vec<f32> {
+    // SAFETY: the caller's promise.
+    with_float!(tensor.dtype, T => unsafe { tensor.as_slice::<T>().iter().map(|x| x.to_f32()).collect() })
 }
 
 /// log2 of a block size, which is a power of two.

@@ -70,7 +70,11 @@ fn sized(
         let address = 0x1000_0000 * (i + 1);
         if let Value::Tensor(given) = call[i] {
             let shape = match arg.role {
-                Role::In(_, "*M, K") => vec![m, k],
+                Role::In(_, "*M, K" | "M, K") => vec![m, k],
+                Role::In(_, "N, K") => vec![rows, k],
+                Role::In(_, "K") => vec![k],
+                Role::Flat(_, "M") | Role::OptionalFlat(_, "M") => vec![m],
+                Role::Flat(_, "N") | Role::OptionalFlat(_, "N") => vec![rows],
                 Role::In(_, "*M, N") => vec![m, rows],
                 Role::Optional(_, "N") => vec![rows],
                 Role::Flat(_, "256") | Role::OptionalFlat(_, "256") => vec![256],

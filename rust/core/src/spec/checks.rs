@@ -216,6 +216,19 @@ impl Compiled {
                         return Err(self.error(ErrorKind::Dtype, arg, rule, tensor.dtype));
                     }
                 }
+                Rule::Excludes(arg, other) => {
+                    if is_given && !matches!(values[*first], Value::Absent) {
+                        let rule = format_args!("be None with {other}");
+                        return Err(self.error(ErrorKind::Value, arg, rule, "a tensor"));
+                    }
+                }
+                Rule::NoneFor(arg, of, dtype) => {
+                    let is_this = matches!(&values[*second], Value::Dtype(given) if *given == dtype);
+                    if is_this && !matches!(values[*first], Value::Absent) {
+                        let rule = format_args!("be None for {of} {dtype}");
+                        return Err(self.error(ErrorKind::Value, arg, rule, "a tensor"));
+                    }
+                }
             }
         }
         Ok(())

@@ -104,7 +104,10 @@ impl Compiled {
             found.unwrap_or_else(|| panic!("{} must have an argument {name}", spec.name))
         };
         let rules = spec.rules.iter().map(|rule| {
-            let (Rule::Needs(first, second) | Rule::DtypeIfGiven(first, second, ..)) = rule;
+            let (Rule::Needs(first, second)
+            | Rule::DtypeIfGiven(first, second, ..)
+            | Rule::Excludes(first, second)
+            | Rule::NoneFor(first, second, _)) = rule;
             (*rule, index(first), index(second))
         });
         let dtype_source = |arg: &Arg| match arg.role {
