@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["contiguous", "dtype_of", "in_kind"]
+__all__ = ["compute_dtype", "contiguous", "dtype_of", "in_kind"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
@@ -31,6 +31,14 @@ def contiguous(array: Any) -> Any:
 def dtype_of(array: Any) -> torch.dtype:
     """Return the torch dtype of a float array; `ops` has refused every other dtype before."""
     return array.dtype if isinstance(array, torch.Tensor) else _FLOATS_BY_NAME[str(array.dtype)]
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a product of ``tensor``: autocast's where it is on, else the tensor's own."""
+    dtype, device_type = tensor.dtype, tensor.device.type
+    if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 def in_kind(result: Any, like: Any, shape: tuple[int, ...] | None = None) -> Any:

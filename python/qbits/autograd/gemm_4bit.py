@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qbits import ops
+from qbits.autograd.rules import bias_gradient, savable, without_autocast
 
 __all__ = ["Gemm4bit"]
 
@@ -44,7 +45,7 @@ class Gemm4bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.weight = (N, K, codebook, block_size)
             saved = (packed, absmax, absmax_scale, absmax_offset, absmax_codebook)
-            ctx.save_for_backward(*(_savable(tensor) for tensor in saved))
+            ctx.save_for_backward(*(savable(tensor) for tensor in saved))
         return ops.gemm_4bit(
             input,
             packed,
@@ -72,9 +73,7 @@ class Gemm4bit(torch.autograd.Function):
             else:
                 grad_input = ops.gemm_4bit_transposed(grad_output.contiguous(), *weight)
         if ctx.needs_input_grad[7]:
-            leading = tuple(range(grad_output.dim() - 1))
-            grad_bias = grad_output.sum(leading, dtype=torch.float32) if leading else grad_output
-            grad_bias = grad_bias.to(ctx.bias_dtype)
+            grad_bias = bias_gradient(grad_output, ctx.bias_dtype)
         return grad_input, None, None, None, None, None, None, grad_bias, None, None, None
 
 
@@ -92,13 +91,5 @@ def _differentiable_product(
     num_elements, dtype = N * K, grad_output.dtype
     flat = ops.dequantize_4bit(packed, absmax, num_elements, codebook, block_size, dtype, *nested)
     # an autocast around backward() must not round a product whose dtype the forward has chosen
-    device_type = "cpu" if grad_output.is_meta else grad_output.device.type
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(grad_output):
         return torch.matmul(grad_output, flat.view(N, K))
-
-
-def _savable(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return ``tensor``, or a copy of one that was made in inference mode, which autograd refuses to save."""
-    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    return tensor.clone()

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from qbits import ops, outputs
+from qbits import interop, ops, outputs
 from qbits.autograd import Gemm4bit
 from qbits.errors import ArgumentValueError, ShapeError
 from qbits.functional.expect import expect
-from qbits.interop import FLOATS, contiguous, in_kind
+from qbits.interop import contiguous, in_kind
 from qbits.records import QTensor4
 
 __all__ = ["linear_4bit", "multiply_4bit", "weight_arguments"]
@@ -95,9 +95,7 @@ def multiply_4bit(
 
 def _rounded(input: torch.Tensor, compute_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
     """Return the input as operand, and the dtype of the output: autocast's where it is on."""
-    dtype, device_type = input.dtype, input.device.type
-    if dtype in FLOATS and device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = interop.compute_dtype(input)
     operand_dtype = dtype if compute_dtype is None else compute_dtype
     return (input if input.dtype == operand_dtype else input.to(operand_dtype)), dtype
 

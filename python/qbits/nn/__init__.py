@@ -3,9 +3,10 @@
 from qbits.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
 from qbits.nn.outlier import OutlierPool
 from qbits.nn.quantized_linear import QuantizedLinear
+from qbits.nn.standard_linear import StandardLinear
 from qbits.schemes import QuantScheme
 
-__all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "OutlierPool", "QuantizedLinear"]
+__all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "OutlierPool", "QuantizedLinear", "StandardLinear"]
 
 LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit,)
 """One for each class of schemes."""
