@@ -4,22 +4,6 @@
 #include "map_encoder.cuh"
 #include "tile.cuh"
 
-/// Writes the codes of one vector, four to a word, as far as there are elements left. kFull promises
-/// alignment and that all are there.
-template <bool kFull, int kVector>
-__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t left,
-                                            const uint32_t (&word)[kVector / 4]) {
-    if constexpr (kFull && kVector == 8) {
-        *reinterpret_cast<uint2*>(codes) = make_uint2(word[0], word[1]);
-    } else if constexpr (kFull) {
-        *reinterpret_cast<uint32_t*>(codes) = word[0];
-    } else {
-        #pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            if (j < left) codes[j] = uint8_t(word[j / 4] >> (8 * (j % 4)));
-    }
-}
-
 /// Codes of a tile whose rows are scaled by the value of lane r of each group of `lanes` lanes
 /// (block_scales). refill(r) may fill row r, which is no longer needed, with the next tile's.
 template <bool kFull, typename T, typename Encoder, typename Refill>

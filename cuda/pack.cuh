@@ -1,4 +1,5 @@
-// Codes to bytes and back: two 4-bit codes to a byte (even element in the high nibble), four bytes to a word.
+// Codes to bytes and back: two 4-bit codes to a byte (even element in the high nibble), four bytes to a word, words to
+// memory.
 #pragma once
 #include <cstdint>
 #include "ptx.cuh"
@@ -30,4 +31,20 @@ __device__ __forceinline__ uint32_t sign_mask(uint32_t a, uint32_t b, uint32_t c
 /// The same from the packed sixteen-bit words of elements 0-1 and 2-3.
 __device__ __forceinline__ uint32_t sign_mask(uint32_t w01, uint32_t w23) {
     return permute_bytes(w01, w23, 0xfdb9);
+}
+
+/// Writes the codes of one vector, four to a word, as far as there are elements left. kFull promises
+/// alignment and that all are there.
+template <bool kFull, int kVector>
+__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t left,
+                                            const uint32_t (&word)[kVector / 4]) {
+    if constexpr (kFull && kVector == 8) {
+        *reinterpret_cast<uint2*>(codes) = make_uint2(word[0], word[1]);
+    } else if constexpr (kFull) {
+        *reinterpret_cast<uint32_t*>(codes) = word[0];
+    } else {
+        #pragma unroll
+        for (int j = 0; j < kVector; ++j)
+            if (j < left) codes[j] = uint8_t(word[j / 4] >> (8 * (j % 4)));
+    }
 }

@@ -12,21 +12,27 @@
 //   dequantize_{float16,bfloat16}      256          4096           1 KB  ceil_div(n, 4096)
 //   dequantize_float32                 256          2048           1 KB  ceil_div(n, 2048)
 //
-// op quantize: quantize_absmax_of_T, then quantize_T with the same parameters; num_partials is the grid of
-// the first. op quantize_no_absmax: quantize_T alone, with absmax, partial_absmax null. op dequantize:
+// op quantize: quantize_absmax_of_T, then quantize_T; num_partials is the grid of the first. op quantize_no_absmax: quantize_T alone, with absmax, partial_absmax null. op dequantize:
 // dequantize_T with block_shift 63; op dequantize_no_absmax: absmax null too.
 #include "blockwise_8bit.cuh"
 
-/// Arguments of quantize_absmax_of and quantize.
+/// Arguments of quantize_absmax_of.
+struct AbsmaxParams {
+    const void* input;         // [n]          T
+    uint32_t* partial_absmax;  // [gridDim.x]  bits of the largest magnitude that each CTA has met
+    int64_t n;
+};
+static_assert(sizeof(AbsmaxParams) == 24, "keep in step with the Rust mirror");
+
+/// Arguments of quantize.
 struct QuantizeParams {
-    const void* input;      // [n]             T
-    const float* codebook;  // [256]           ascending
-    uint8_t* codes;         // [n]
-    float* absmax;          // [1]             null: elements are encoded as they are
-    uint32_t*
-        partial_absmax;    // [num_partials]  scratch of 4 * num_partials bytes, all written before it is read
-    int64_t n;             //
-    int32_t num_partials;  // 1 to 1024
+    const void* input;               // [n]             T
+    const float* codebook;           // [256]           ascending
+    uint8_t* codes;                  // [n]
+    float* absmax;                   // [1]             null: elements are encoded as they are
+    const uint32_t* partial_absmax;  // [num_partials]  from quantize_absmax_of
+    int64_t n;                       //
+    int32_t num_partials;            // 1 to 1024
 };
 static_assert(sizeof(QuantizeParams) == 56, "keep in step with the Rust mirror");
 
@@ -34,31 +40,30 @@ constexpr int kWarps = kEncoderThreads / 32;
 
 /// Calls f(tile, first, full) for every tile of this warp.
 template <typename T, typename F>
-__device__ __forceinline__ void for_each_tile(const QuantizeParams& p, F&& f) {
+__device__ __forceinline__ void for_each_tile(const void* data, const uint8_t* codes, int64_t n, F&& f) {
     using Tile = WarpTile<T>;
     constexpr int64_t kCtaElements = int64_t(Tile::kElements) * kWarps;
-    const T* const input = static_cast<const T*>(p.input);
+    const T* const input = static_cast<const T*>(data);
     const int lane = threadIdx.x % 32;
     const bool aligned =
-        (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(p.codes) << 1) % 16 == 0;
-    for (int64_t first = blockIdx.x * kCtaElements + warp_in_cta() * Tile::kElements; first < p.n;
+        (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(codes) << 1) % 16 == 0;
+    for (int64_t first = blockIdx.x * kCtaElements + warp_in_cta() * Tile::kElements; first < n;
          first += gridDim.x * kCtaElements) {
         Tile tile;
-        const bool full = aligned && first + Tile::kElements <= p.n;
+        const bool full = aligned && first + Tile::kElements <= n;
         if (full)
-            tile.template load<true>(input, first, p.n, lane);
+            tile.template load<true>(input, first, n, lane);
         else
-            tile.template load<false>(input, first, p.n, lane);
+            tile.template load<false>(input, first, n, lane);
         f(tile, first, full);
     }
 }
 
-/// The largest magnitude that each CTA has met.
 template <typename T>
-__device__ __forceinline__ void partial_absmax(const QuantizeParams& p) {
+__device__ __forceinline__ void partial_absmax(const AbsmaxParams& p) {
     __shared__ uint32_t warp_max[kWarps];
     uint32_t m = 0;
-    for_each_tile<T>(p, [&](const WarpTile<T>& tile, int64_t, bool) {
+    for_each_tile<T>(p.input, nullptr, p.n, [&](const WarpTile<T>& tile, int64_t, bool) {
         #pragma unroll
         for (int r = 0; r < WarpTile<T>::kRows; ++r) m = Magnitude<T>::max(m, Magnitude<T>::of(tile.row[r]));
     });
@@ -97,7 +102,7 @@ __device__ __forceinline__ void encode_tiles(const QuantizeParams& p, const Enco
                                              const Scale& scale) {
     using Tile = WarpTile<T>;
     constexpr int kVector = Tile::kVector;
-    for_each_tile<T>(p, [&](const Tile& tile, int64_t first, bool full) {
+    for_each_tile<T>(p.input, p.codes, p.n, [&](const Tile& tile, int64_t first, bool full) {
         #pragma unroll
         for (int r = 0; r < Tile::kRows; ++r) {
             float x[kVector];
@@ -155,7 +160,7 @@ __device__ __forceinline__ void quantize(const QuantizeParams& p) {
 
 #define ENTRY_POINTS(dtype)                                                                   \
     extern "C" __global__ __launch_bounds__(kEncoderThreads) void quantize_absmax_of_##dtype( \
-        const __grid_constant__ QuantizeParams p) {                                           \
+        const __grid_constant__ AbsmaxParams p) {                                             \
         partial_absmax<dtype>(p);                                                             \
     }                                                                                         \
     extern "C" __global__ __launch_bounds__(                                                  \

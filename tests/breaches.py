@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -75,8 +76,9 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 def value_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     """Numbers, words and dtypes."""
     name, role, choices = arg["name"], arg["role"], arg.get("choices", [])
-    due = {"int": "an int", "str": "a str", "dtype": "a dtype"}[role]
-    for value in (None, 1.5, [64], True, "64" if role == "int" else 64, object()):
+    due = {"int": "an int", "float": "a float", "str": "a str", "dtype": "a dtype"}[role]
+    number = ("1.5",) if role == "float" else (1.5, "64" if role == "int" else 64)
+    for value in (None, *number, [64], True, object()):
         got = "None" if value is None else type(value).__name__
         sentence = f"must be {due}, got {got}"
         yield Breach(op, name, f"is {got}", errors.ArgumentTypeError, set_argument(name, value, sentence))
@@ -89,6 +91,19 @@ def value_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     elif role == "int":
         sentence = "must be at least 0, got -1"
         yield Breach(op, name, "is negative", errors.ArgumentValueError, set_argument(name, -1, sentence))
+    elif role == "float":
+        for value, got in (
+            (0.0, "0.0"),
+            (-1, "-1.0"),
+            (math.nan, "NaN"),
+            (math.inf, "inf"),
+            (1e-50, "1e-50"),
+            (1e39, "1e39"),
+        ):
+            sentence = f"must be finite and above 0 as a float32, got {got}"
+            yield Breach(
+                op, name, f"is {got}", errors.ArgumentValueError, set_argument(name, value, sentence)
+            )
     elif role == "str":
         listed = "[" + ", ".join(f'"{choice}"' for choice in choices) + "]"
         for value in ("int4", "", "NF4", "nf4 "):
@@ -138,7 +153,7 @@ def tensor_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
         yield breach(
             "has no dimension" if leads else "has a dimension more",
             errors.ShapeError,
-            change_tensor(name, lambda t: t.sum() if leads else t[None], rank_sentence(arg)),
+            change_tensor(name, lambda t: t.sum().to(t.dtype) if leads else t[None], rank_sentence(arg)),
         )
         if not binds_width(op, arg):
             yield breach("is too wide", errors.ShapeError, change_tensor(name, wider, shape_sentence(arg)))
@@ -222,7 +237,7 @@ def output_breaches(op: str, arg: dict[str, Any]) -> Iterator[Breach]:
     apply = change_tensor(name, lambda t: torch.zeros_like(t, dtype=torch.int32), int32_sentence)
     yield Breach(op, name, "is int32", errors.DtypeError, apply)
     yield Breach(op, name, "is too long", errors.ShapeError, wrong_length(arg))
-    if arg["shape"]:
+    if arg["shape"] not in ("1", ""):
         apply = change_tensor(name, strided, strided_sentence)
         yield Breach(op, name, "is strided", errors.ArgumentValueError, apply)
     for other in SPECS[op]["args"]:
@@ -326,7 +341,7 @@ def all_breaches() -> Iterator[Breach]:
         for arg in spec["args"]:
             if arg["role"] in ("input", "optional"):
                 yield from tensor_breaches(op, arg)
-            elif arg["role"] in ("int", "str", "dtype"):
+            elif arg["role"] in ("int", "float", "str", "dtype"):
                 yield from value_breaches(op, arg)
             elif arg["role"] == "output":
                 yield from output_breaches(op, arg)

@@ -18,7 +18,8 @@ SIZES = {
     "K": 131,
     "block_size": 64,
 }  # more than 256 blocks, none of them whole
-SCHEMA_ROLES = ("input", "optional", "int", "str", "dtype")
+FLOAT = 1.5
+SCHEMA_ROLES = ("input", "optional", "int", "float", "str", "dtype")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -119,6 +120,8 @@ def valid_call(
         name, role = arg["name"], arg["role"]
         if role == "int":
             args[name] = bound[name]
+        elif role == "float":
+            args[name] = FLOAT
         elif role in ("str", "dtype"):
             args[name] = dtype_of(float_dtype) if role == "dtype" else arg["choices"][0]
         elif role == "optional" and (not with_optional or name in excluded):

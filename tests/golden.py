@@ -1,6 +1,6 @@
-"""Golden vectors of NUMERICS 8.1 to 8.4: memory bytes in hexadecimal, and sha256 of what they decode to.
+"""Golden vectors of NUMERICS 8.1 to 8.5: memory bytes in hexadecimal, and sha256 of what they decode to.
 
-All were produced by running the rules in numpy float32; 8.1, 8.2 and 8.4 also equal bitsandbytes 0.50.2.
+All were produced by running the rules in numpy float32; all but 8.3 also equal bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -160,3 +160,30 @@ def nested_input() -> npt.NDArray[np.float32]:
         state = (1664525 * state + 1013904223) % 2**32
         values[i] = ((state >> 8) - 2**23) * 2.0**-23  # 24 bits: exact
     return values * np.abs(values)
+
+
+class Int8(NamedTuple):
+    """Codes, scales and outlier columns of 8.5."""
+
+    codes: str
+    scales: str
+    outlier_columns: tuple[int, ...] = ()
+
+
+# 8.5: float16 [4, 8]; row 1 is zero, row 2 holds ties, row 3 6.0 and the number below
+INPUT_INT8 = (
+    "90ba5536313b8ebd58b1003a21b926bb00000000000000000000000000000000f0570038003e004100b800be00c1f0d7"
+    "b3b2e4b243bf86b51fc00046ff4570bd"
+)
+INT8 = Int8(
+    "b5245281f145c5ae00000000000000007f00020200fefe81fcfbdaf9d47f7fe3", "00c0b13f000000000000fe420000c040"
+)
+INT8_OUTLIERS = Int8(
+    "00245281f100c500000000000000000000194c7fe700810000fbdaf9d4007f00",
+    "00c0b13f000000000000204000e0bf40",
+    (0, 5, 7),
+)
+INPUT_INT8_WEIGHT = (
+    "59ad03a694319940a83b4cb9a1bad8b81db6abbcd1350db542b8c934afbd3bb185399eb0733e453e83bbf3bc01ac3137"
+)
+INT8_WEIGHT = Int8("fbff0a7f35dbd2dfde9820e4d01b81f136f57f7bb69ffb23", "0020134000e0b53f0060ce3f")

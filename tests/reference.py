@@ -295,6 +295,56 @@ def decode_no_absmax(codes: Bytes, codebook: Floats) -> Floats:
     return codebook[codes]
 
 
+# ---------------------------------------------------------------------------------------------------- int8
+
+Codes = npt.NDArray[np.int8]
+SMALLEST_OF_INT8 = np.float32(2.0**-119)
+RECIPROCAL_OF_127 = np.array(0x3C010204, np.uint32).view(np.float32)[()]
+
+
+def int8_scales(x: Floats, axis: int | None) -> Floats:
+    """Largest magnitudes along an axis, or of everything; NaN where there is one, 0 below 2^-119."""
+    largest = np.max(np.abs(x), axis=axis, keepdims=True, initial=0)
+    scales: Floats = np.where(np.isnan(largest), QUIET_NAN, np.where(largest < SMALLEST_OF_INT8, 0, largest))
+    return scales.astype(np.float32)
+
+
+def int8_codes(x: Floats, scales: Floats) -> Codes:
+    """`rint(RN(x * RN(127 / s)))`, 0 where s is 0, NaN or Inf."""
+    usable = np.isfinite(scales) & (scales > 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        codes = np.rint(x * (np.float32(127) / np.where(usable, scales, np.float32(1))))
+    return np.where(usable, codes, 0).astype(np.int8)
+
+
+def quantize_rowwise(
+    x: Floats, threshold: float | None = None
+) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
+    """One scale per row; columns with an outlier (`|x| >= threshold`) apart: codes, scales, which columns."""
+    is_outlier = np.zeros(x.shape, bool) if threshold is None else np.abs(x) >= np.float32(threshold)
+    kept = np.where(is_outlier, np.float32(0), x)
+    scales, mask = int8_scales(kept, 1), is_outlier.any(axis=0)
+    return np.where(mask, np.int8(0), int8_codes(kept, scales)), scales[:, 0], mask
+
+
+def quantize_columnwise(x: Floats) -> tuple[Codes, Floats]:
+    """One scale per column."""
+    scales = int8_scales(x, 0)
+    return int8_codes(x, scales), scales[0]
+
+
+def quantize_global(x: Floats) -> tuple[Codes, Floats]:
+    """One scale."""
+    scales = int8_scales(x, None).reshape(1)
+    return int8_codes(x, scales), scales
+
+
+def decode_int8(codes: Codes, scales: Floats) -> Floats:
+    """`RN(RN(q * s) * RN(1 / 127))` for scales that broadcast, before the rounding to the output dtype."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return codes.astype(np.float32) * scales * RECIPROCAL_OF_127
+
+
 # ------------------------------------------------------------------------------------------- matrix product
 
 

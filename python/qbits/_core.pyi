@@ -267,6 +267,142 @@ def eager_gemm_4bit_transposed(
     out: Any,
     /,
 ) -> Array: ...
+def quantize_rowwise(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_rowwise(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array]: ...
+def quantize_rowwise_outliers(
+    input: Array,
+    threshold: float,
+    values: Array | None,
+    scales: Array | None,
+    outlier_mask: Array | None,
+    /,
+) -> tuple[Array, Array, Array]: ...
+def eager_quantize_rowwise_outliers(
+    input: Array,
+    threshold: float,
+    out: Any,
+    /,
+) -> tuple[Array, Array, Array]: ...
+def quantize_columnwise(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_columnwise(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array]: ...
+def quantize_columnwise_and_transpose(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_columnwise_and_transpose(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array]: ...
+def quantize_global(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_global(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array]: ...
+def quantize_global_transpose(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array]: ...
+def eager_quantize_global_transpose(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array]: ...
+def quantize_dual_rowwise(
+    input: Array,
+    values: Array | None,
+    scales: Array | None,
+    transposed: Array | None,
+    transposed_scales: Array | None,
+    /,
+) -> tuple[Array, Array, Array, Array]: ...
+def eager_quantize_dual_rowwise(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array, Array, Array]: ...
+def quantize_dual_global(
+    input: Array,
+    values: Array | None,
+    transposed: Array | None,
+    scales: Array | None,
+    /,
+) -> tuple[Array, Array, Array]: ...
+def eager_quantize_dual_global(
+    input: Array,
+    out: Any,
+    /,
+) -> tuple[Array, Array, Array]: ...
+def dequantize_rowwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_dequantize_rowwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    out: Any,
+    /,
+) -> Array: ...
+def dequantize_columnwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_dequantize_columnwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    out: Any,
+    /,
+) -> Array: ...
+def dequantize_global(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    output: Array | None,
+    /,
+) -> Array: ...
+def eager_dequantize_global(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    out: Any,
+    /,
+) -> Array: ...
 def gemm_int8(
     input: Array,
     weight: Array,

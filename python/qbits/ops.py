@@ -24,7 +24,8 @@ SPECS: dict[str, dict[str, Any]] = {spec["name"]: spec for spec in _core.specs()
 __all__ = [*SPECS]
 
 _LIBRARY = torch.library.Library("qbits", "DEF")
-_SCHEMA_TYPES = {"input": "Tensor", "optional": "Tensor?", "int": "int", "str": "str", "dtype": "ScalarType"}
+_SCHEMA_TYPES = {"input": "Tensor", "optional": "Tensor?", "int": "int"}
+_SCHEMA_TYPES |= {"float": "float", "str": "str", "dtype": "ScalarType"}
 
 
 def _arguments(spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -118,6 +118,68 @@ def gemm_4bit_transposed(
     *,
     out: Array | None = None,
 ) -> Array: ...
+def quantize_rowwise(
+    input: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]: ...
+def quantize_rowwise_outliers(
+    input: Array,
+    threshold: float,
+    *,
+    out: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]: ...
+def quantize_columnwise(
+    input: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]: ...
+def quantize_columnwise_and_transpose(
+    input: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]: ...
+def quantize_global(
+    input: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]: ...
+def quantize_global_transpose(
+    input: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]: ...
+def quantize_dual_rowwise(
+    input: Array,
+    *,
+    out: tuple[Array, Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array, Array]: ...
+def quantize_dual_global(
+    input: Array,
+    *,
+    out: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]: ...
+def dequantize_rowwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    *,
+    out: Array | None = None,
+) -> Array: ...
+def dequantize_columnwise(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    *,
+    out: Array | None = None,
+) -> Array: ...
+def dequantize_global(
+    values: Array,
+    scales: Array,
+    dtype: DtypeLike,
+    *,
+    out: Array | None = None,
+) -> Array: ...
 def gemm_int8(
     input: Array,
     weight: Array,

@@ -207,6 +207,17 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 
 // ------------------------------------------------------------------------------------------------ memory
 
+/// Threads take turns, so nothing comes between.
+inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
+    const uint32_t before = *p;
+    *p = std::max(before, value);
+    return before;
+}
+inline int atomicAdd(int* p, int value) {
+    const int before = *p;
+    *p = before + value;
+    return before;
+}
 template <typename T>
 T __ldg(const T* p) {
     return *p;

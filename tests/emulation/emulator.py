@@ -20,6 +20,7 @@ Array = npt.NDArray[np.generic]
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "cuda"
 QUANTIZERS = ("blockwise_4bit", "blockwise_8bit", "tensorwise", "nested")
+INT8 = ("int8_rowwise", "int8_columns", "tensorwise")
 # No contraction: NUMERICS names every fused multiply-add. Kernels read vectors out of arrays of other types.
 FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
 SANITIZER = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
@@ -109,7 +110,7 @@ class Call(ctypes.Structure):
         ("num_inputs", ctypes.c_int32),
         ("num_outputs", ctypes.c_int32),
         ("inputs", Range * 8),
-        ("outputs", Range * 2),
+        ("outputs", Range * 4),
     ]
 
 
@@ -156,7 +157,7 @@ class Emulator:
             ctypes.addressof(params),
             ctypes.sizeof(params), getattr(params, "alignment", 8), grid_x, grid_y, launch.threads,
             launch.cluster, launch.shared_bytes, len(launch.inputs), len(launch.outputs),
-            ranges(launch.inputs, 8), ranges(launch.outputs, 2),
+            ranges(launch.inputs, 8), ranges(launch.outputs, 4),
         )  # fmt: skip
         failure = self._scheduler.run(ctypes.byref(call))
         if failure is not None:

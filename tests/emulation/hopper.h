@@ -23,7 +23,7 @@ struct Launch {
     uint32_t grid_x, grid_y, threads, cluster, shared_bytes;
     // Of a dependent launch: memory that earlier work still writes, and what it may still read.
     int32_t num_inputs, num_outputs;
-    Range inputs[8], outputs[2];
+    Range inputs[8], outputs[4];
 };
 
 /// Ends the launch with the sentence.

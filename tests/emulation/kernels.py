@@ -44,6 +44,7 @@ Quantize = struct(
     N,
     ("num_partials", c_int32),
 )
+Absmax = struct("Absmax", *pointers("input", "partial_absmax"), N)
 QuantizeAbsmax = struct("QuantizeAbsmax", *pointers("absmax", "codes", "scale", "offset", "run_sums"), N)
 
 
@@ -173,7 +174,8 @@ class Kernels:
             num_partials,
         )
         if absmax is not None:
-            self._launch("tensorwise", f"quantize_absmax_of_{dtype}", params, num_partials)
+            absmax_params = Absmax(address(x), address(partials), x.size)
+            self._launch("tensorwise", f"quantize_absmax_of_{dtype}", absmax_params, num_partials)
         grid = min(self._grid(x.size, 8192, dtype), 4 * NUM_SMS)
         self._launch("tensorwise", f"quantize_{dtype}", params, grid)
 

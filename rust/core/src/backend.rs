@@ -3,7 +3,7 @@
 use crate::cuda::{Stream, full_check, run_between_canaries};
 use crate::error::Result;
 use crate::ops::{
-    blockwise_4bit, blockwise_8bit, gemm_4bit, gemm_4bit_transposed, gemm_int8, nested, tensorwise,
+    blockwise_4bit, blockwise_8bit, gemm_4bit, gemm_4bit_transposed, gemm_int8, int8, nested, tensorwise,
 };
 use crate::spec::{Bind, Compiled, Value};
 
@@ -128,6 +128,17 @@ ops![
     tensorwise::DequantizeNoAbsmax,
     gemm_4bit::Gemm4bit,
     gemm_4bit_transposed::Gemm4bitTransposed,
+    int8::QuantizeRowwise,
+    int8::QuantizeRowwiseOutliers,
+    int8::QuantizeColumnwise,
+    int8::QuantizeColumnwiseAndTranspose,
+    int8::QuantizeGlobal,
+    int8::QuantizeGlobalTranspose,
+    int8::QuantizeDualRowwise,
+    int8::QuantizeDualGlobal,
+    int8::DequantizeRowwise,
+    int8::DequantizeColumnwise,
+    int8::DequantizeGlobal,
     gemm_int8::GemmInt8,
     gemm_int8::GemmInt8Outliers,
 ];

@@ -49,6 +49,8 @@ pub enum Role {
     Scratch(&'static str),
     /// A size, at least 0; it binds the symbol of its name.
     Int,
+    /// A number that is finite and above 0 as a float32.
+    Float,
     /// One of these numbers; it binds the symbol of its name.
     OneOf(&'static [i64]),
     /// One of these words.
@@ -99,8 +101,10 @@ pub enum Value<'a> {
     Absent,
     /// A borrowed tensor.
     Tensor(Tensor),
-    /// A number.
+    /// A whole number.
     Int(i64),
+    /// Any number.
+    Float(f64),
     /// A word.
     Str(&'a str),
     /// An element type.
@@ -115,6 +119,7 @@ impl Value<'_> {
             Self::Absent => "None",
             Self::Tensor(_) => "a tensor",
             Self::Int(_) => "an int",
+            Self::Float(_) => "a float",
             Self::Str(_) => "a str",
             Self::Dtype(_) => "a dtype",
             Self::Other(name) => name,
@@ -157,6 +162,14 @@ impl Field for i64 {
         }
     }
 }
+impl Field for f32 {
+    fn take(value: &Value, _: &Role) -> Self {
+        match value {
+            Value::Float(number) => *number as f32,
+            other => unreachable!("a checked float, got {other:?}"),
+        }
+    }
+}
 impl Field for &'static str {
     fn take(value: &Value, role: &Role) -> Self {
         match (value, role) {
@@ -187,6 +200,7 @@ macro_rules! field_type {
     (Out) => { $crate::tensor::Tensor };
     (Scratch) => { $crate::tensor::Tensor };
     (Int) => { i64 };
+    (Float) => { f32 };
     (OneOf) => { i64 };
     (OneOfStr) => { &'static str };
     (OneOfDtype) => { $crate::tensor::Dtype };

@@ -8,7 +8,7 @@ use pyo3::Borrowed;
 use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyString, PyTuple};
 use qbits_core::backend::{Backend, Cpu, Cuda, Op};
 use qbits_core::cuda::{self, Memory};
 use qbits_core::dlpack::{DlDataType, DlManagedTensorVersioned, DlTensor, ExchangeApi};
@@ -169,6 +169,7 @@ fn convert<'a>(
     }
     let value = match arg.role {
         Role::Int | Role::OneOf(_) => integer(object),
+        Role::Float => float(object),
         Role::OneOfStr(_) => {
             object.cast::<PyString>().ok().map(|word| word.to_str()).transpose()?.map(Value::Str)
         }
@@ -193,6 +194,13 @@ fn type_name(object: &Bound<'_, PyAny>) -> &'static str {
 fn integer<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
     let is_number = object.is_instance_of::<PyInt>() && !object.is_instance_of::<PyBool>();
     is_number.then(|| object.extract().ok()).flatten().map(Value::Int)
+}
+
+/// A float or an int; an int that no float holds is infinite.
+fn float<'a>(object: &Bound<'_, PyAny>) -> Option<Value<'a>> {
+    let is_number = object.is_instance_of::<PyFloat>()
+        || object.is_instance_of::<PyInt>() && !object.is_instance_of::<PyBool>();
+    is_number.then(|| Value::Float(object.extract().unwrap_or(f64::INFINITY)))
 }
 
 /// The dtype that `object` names: a word, or an object whose text ends in one, as `torch.float32` does.

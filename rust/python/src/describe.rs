@@ -79,6 +79,7 @@ fn describe_arg<'py>(py: Python<'py>, arg: &Arg) -> PyResult<Bound<'py, PyDict>>
         }
         Role::Scratch(bytes) => tensor("scratch", &[Dtype::Uint8], bytes, true)?,
         Role::Int => entry.set_item("role", "int")?,
+        Role::Float => entry.set_item("role", "float")?,
         Role::OneOf(choices) => {
             entry.set_item("role", "int")?;
             entry.set_item("choices", choices.to_vec())?;

@@ -12,7 +12,7 @@ use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Most ops that the table of entry points holds.
-const MAX_OPS: usize = 16;
+const MAX_OPS: usize = 48;
 
 /// Calls op number `I` of the list, as it stands or from eager mode.
 unsafe extern "C" fn entry<const I: usize, const EAGER: bool>(
@@ -57,14 +57,18 @@ unsafe extern "C" fn entry<const I: usize, const EAGER: bool>(
 }
 
 macro_rules! entries {
+    ($eager:literal) => {
+        entries![$eager: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+            32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47]
+    };
     ($eager:literal: $($i:literal)+) => { [$(entry::<$i, $eager>),+] };
 }
 
 type Entry =
     unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut ffi::PyObject, ffi::Py_ssize_t) -> *mut ffi::PyObject;
 
-static ENTRIES: [Entry; MAX_OPS] = entries![false: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15];
-static EAGER_ENTRIES: [Entry; MAX_OPS] = entries![true: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15];
+static ENTRIES: [Entry; MAX_OPS] = entries![false];
+static EAGER_ENTRIES: [Entry; MAX_OPS] = entries![true];
 
 /// Adds two functions per op to the module: the op itself, and its call from eager mode.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -29,6 +29,11 @@ mod gemm_4bit_avx512;
 mod gemm_4bit_outer;
 mod gemm_4bit_transposed;
 mod gemm_int8;
+mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx2;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx512;
 mod isa;
 mod nested;
 mod tensorwise;
@@ -42,6 +47,10 @@ pub use float::Float;
 pub use gemm_4bit::{Weight4, gemm_4bit};
 pub use gemm_4bit_transposed::gemm_4bit_transposed;
 pub use gemm_int8::{Codes, Outliers, Scales, gemm_int8, gemm_int8_outliers, gemm_int8_raw};
+pub use int8::{
+    ElementScales, Matrix, dequantize_matrix, find_column_scales, find_tensor_scale, quantize_matrix,
+    quantize_rowwise, quantize_rowwise_outliers, quantize_transposed,
+};
 pub use isa::Isa;
 pub use nested::{Absmax, Nested, quantize_absmax};
 pub use tensorwise::{dequantize, dequantize_no_absmax, quantize, quantize_no_absmax};

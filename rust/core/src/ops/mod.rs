@@ -5,6 +5,7 @@ pub mod blockwise_8bit;
 pub mod gemm_4bit;
 pub mod gemm_4bit_transposed;
 pub mod gemm_int8;
+pub mod int8;
 pub mod nested;
 pub mod tensorwise;
 

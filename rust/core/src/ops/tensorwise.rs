@@ -116,19 +116,30 @@ impl Run<DequantizeNoAbsmax> for Cpu {
     }
 }
 
-/// Mirror of the struct of both quantizing kernels.
+/// Mirror of the struct of the kernel that searches the largest magnitude.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AbsmaxParams {
+    pub input: *const u8,
+    pub partial_absmax: *mut u8, // [grid] uint32
+    pub n: i64,
+}
+// SAFETY: repr(C), field by field the struct of cuda/tensorwise.cu; `param_bytes` is compared at load.
+unsafe impl Params for AbsmaxParams {}
+
+/// Mirror of the struct of the encoding kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct QuantizeParams {
     input: *const u8,
     codebook: *const u8,
     codes: *mut u8,
-    absmax: *mut u8,         // null: elements are encoded as they are
-    partial_absmax: *mut u8, // [num_partials] uint32
+    absmax: *mut u8,           // null: elements are encoded as they are
+    partial_absmax: *const u8, // [num_partials] uint32
     n: i64,
     num_partials: i32,
 }
-// SAFETY: repr(C), field by field the struct of cuda/tensorwise.cu; `param_bytes` is compared at load.
+// SAFETY: as above.
 unsafe impl Params for QuantizeParams {}
 
 /// Thread blocks that search the largest magnitude, one partial result each: as many as the scratch holds.
@@ -141,8 +152,9 @@ fn num_blocks(dtype: Dtype, n: i64, most: u64) -> u64 {
     (n as u64).div_ceil(16384 / dtype.size() as u64).clamp(1, most)
 }
 
-fn plan_absmax(dtype: Dtype, n: i64) -> Launch {
-    let grid = num_blocks(dtype, n, MAX_PARTIALS);
+/// Leaves the maxima of at most `most` thread blocks.
+pub(super) fn plan_absmax(dtype: Dtype, n: i64, most: u64) -> Launch {
+    let grid = num_blocks(dtype, n, most);
     Launch::new(symbol("quantize_absmax_of", dtype), grid, THREADS)
 }
 
@@ -155,7 +167,7 @@ fn plan_encode(dtype: Dtype, n: i64, limits: &Limits) -> Launch {
 impl Run<Quantize> for Cuda {
     unsafe fn run(&self, op: &Quantize) -> Result<()> {
         let limits = limits("quantize", self.stream.device)?;
-        let absmax = plan_absmax(op.input.dtype, op.input.len());
+        let absmax = plan_absmax(op.input.dtype, op.input.len(), MAX_PARTIALS);
         let params = QuantizeParams {
             input: op.input.data,
             codebook: op.codebook.data,
@@ -165,9 +177,11 @@ impl Run<Quantize> for Cuda {
             n: op.input.len(),
             num_partials: absmax.grid as i32,
         };
+        let absmax_params =
+            AbsmaxParams { input: op.input.data, partial_absmax: op.scratch.data, n: op.input.len() };
         // SAFETY: the caller's promise: checked lengths and dtypes, live memory of the stream's device.
         unsafe {
-            launch("quantize", &absmax, &params, self.stream)?;
+            launch("quantize", &absmax, &absmax_params, self.stream)?;
             launch("quantize", &plan_encode(op.input.dtype, params.n, limits), &params, self.stream)
         }
     }
@@ -184,7 +198,7 @@ impl Run<QuantizeNoAbsmax> for Cuda {
             codebook: op.codebook.data,
             codes: op.codes.data,
             absmax: std::ptr::null_mut(),
-            partial_absmax: std::ptr::null_mut(),
+            partial_absmax: std::ptr::null(),
             n: op.input.len(),
             num_partials: 0,
         };

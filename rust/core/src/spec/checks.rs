@@ -62,6 +62,16 @@ impl Compiled {
             (Role::Int | Role::OneOf(_), other) => {
                 Err(self.error(ErrorKind::Type, arg.name, "be an int", other.type_name()))
             }
+            (Role::Float, Value::Float(number)) => match *number as f32 {
+                single if single.is_finite() && single > 0.0 => Ok(()),
+                _ => {
+                    let rule = "be finite and above 0 as a float32";
+                    Err(self.error(ErrorKind::Value, arg.name, rule, format_args!("{number:?}")))
+                }
+            },
+            (Role::Float, other) => {
+                Err(self.error(ErrorKind::Type, arg.name, "be a float", other.type_name()))
+            }
             (Role::OneOfStr(choices), Value::Str(word)) => match choices.contains(word) {
                 true => Ok(()),
                 false => Err(self.error(

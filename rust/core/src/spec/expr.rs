@@ -214,7 +214,7 @@ pub(super) fn text_of(role: &Role) -> &'static str {
         | Role::OptionalFlat(_, text)
         | Role::Out(_, text)
         | Role::Scratch(text) => text,
-        Role::Int | Role::OneOf(_) | Role::OneOfStr(_) | Role::OneOfDtype(_) => "",
+        Role::Int | Role::Float | Role::OneOf(_) | Role::OneOfStr(_) | Role::OneOfDtype(_) => "",
     }
 }
 
