@@ -117,7 +117,7 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
         let boxes = [1, 2, 3, 5].map(|m| [[m, 1024], [m, 9216]]).concat();
         let many = [[9, 1024], [17, 64], [33, 64], [65, 64], [129, 64]];
         // Every number of vectors for which rows have a kernel of their own.
-        let long = [600, 2000, 4000, 8000, 16_000, 30_000, 40_000].map(|k| [2, k]);
+        let long = [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 40_000].map(|k| [2, k]);
         let small = [&short[..], &boxes, &many, &long].concat().into_iter().map(|[m, k]| [m, 104, k]);
         let tall = [1, 5, 9, 17, 33, 65, 129, 300].map(|m| [m, 9000, 64]);
         let planned = small.chain(tall).chain([[200, 8000, 64]]).map(|sizes| (sizes, None));
