@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qbits.checkpoint import load, quantize_checkpoint, save
     from qbits.dependent import dependent_launch
     from qbits.model import dequantize_, quantize_
+    from qbits.nn import cached_weights
     from qbits.report import compare, memory_report
     from qbits.schemes import available_schemes
 
@@ -27,6 +28,7 @@ __all__ = [
     "QbitsWarning",
     "__version__",
     "available_schemes",
+    "cached_weights",
     "checkpoint",
     "compare",
     "compat",
@@ -50,6 +52,7 @@ __all__ = [
 _MODULES = {"checkpoint", "compat", "functional", "model", "nn", "report", "schemes"}
 _ATTRIBUTES = {
     "available_schemes": "schemes",
+    "cached_weights": "nn",
     "compare": "report",
     "dependent_launch": "dependent",
     "dequantize_": "model",

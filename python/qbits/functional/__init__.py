@@ -24,6 +24,7 @@ from qbits.functional.gemm_4bit import multiply_4bit as multiply_4bit
 from qbits.functional.gemm_4bit import weight_arguments as weight_arguments
 from qbits.functional.gemm_int8 import gemm_int8
 from qbits.functional.standard_linear import standard_linear
+from qbits.functional.switchback import switchback_linear
 from qbits.records import QTensor4, QTensor8
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "quantize_blockwise",
     "quantize_no_absmax",
     "standard_linear",
+    "switchback_linear",
     "unpack_4bit",
 ]

@@ -1,12 +1,39 @@
 """Modules with quantized weights; each holds parameters and calls `qbits.functional`."""
 
+from qbits.nn.cache import cached_weights
+from qbits.nn.crossover import crossover_table
 from qbits.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
 from qbits.nn.outlier import OutlierPool
 from qbits.nn.quantized_linear import QuantizedLinear
 from qbits.nn.standard_linear import StandardLinear
+from qbits.nn.switchback import (
+    SwitchBackLinear,
+    SwitchBackLinearGlobal,
+    SwitchBackLinearGlobalMemEfficient,
+    SwitchBackLinearVectorwise,
+    SwitchBackLinearVectorwiseMemEfficient,
+    prepare_for_eval,
+    unprepare,
+)
 from qbits.schemes import QuantScheme
 
-__all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "OutlierPool", "QuantizedLinear", "StandardLinear"]
+__all__ = [
+    "Linear4bit",
+    "LinearFP4",
+    "LinearNF4",
+    "OutlierPool",
+    "QuantizedLinear",
+    "StandardLinear",
+    "SwitchBackLinear",
+    "SwitchBackLinearGlobal",
+    "SwitchBackLinearGlobalMemEfficient",
+    "SwitchBackLinearVectorwise",
+    "SwitchBackLinearVectorwiseMemEfficient",
+    "cached_weights",
+    "crossover_table",
+    "prepare_for_eval",
+    "unprepare",
+]
 
 LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit,)
 """One for each class of schemes."""
