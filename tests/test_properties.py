@@ -52,6 +52,45 @@ def test_quantize_4bit_equals_the_reference_for_all_bit_patterns(device, x, code
     assert_same_bits(packed, want_packed)
 
 
+ANY_MATRICES = hnp.arrays(np.uint32, st.tuples(st.integers(0, 40), st.integers(0, 40))).map(
+    lambda words: words.view(np.float32)
+)
+
+
+@MANY
+@given(x=ANY_MATRICES, threshold=st.floats(2.0**-100, 2.0**100, width=32), dtype=st.sampled_from(DTYPES))
+def test_int8_quantizers_equal_the_reference_for_all_bit_patterns(device, x, threshold, dtype):
+    with np.errstate(invalid="ignore"):
+        tensor = tensor_of(x, dtype, device).view(x.shape)
+    values = widened(tensor).reshape(x.shape)
+    by_row, row_scales, _ = reference.quantize_rowwise(values)
+    by_column, column_scales = reference.quantize_columnwise(values)
+    by_tensor, scale = reference.quantize_global(values)
+    kept, kept_scales, mask = reference.quantize_rowwise(values, threshold)
+    for got, wanted in (
+        (ops.quantize_dual_rowwise(tensor), (by_row, row_scales, by_column.T, column_scales)),
+        (ops.quantize_columnwise(tensor), (by_column, column_scales)),
+        (ops.quantize_dual_global(tensor), (by_tensor, by_tensor.T, scale)),
+        (ops.quantize_rowwise_outliers(tensor, threshold), (kept, kept_scales, mask.view(np.uint8))),
+    ):
+        for result, want in zip(got, wanted, strict=True):
+            assert_same_bits(result, np.ascontiguousarray(want))
+
+
+@MANY
+@given(x=ANY_MATRICES)
+def test_int8_codes_decode_to_within_half_a_step_and_quantize_to_themselves(device, x):
+    # 127 times the scale must be finite
+    x = np.where(np.abs(x) < 2.0**120, x, np.float32(1))
+    codes, scales = ops.quantize_rowwise(torch.from_numpy(x).to(device))
+    assert not bool((codes == -128).any())
+    decoded = ops.dequantize_rowwise(codes, scales, torch.float32)
+    error = (decoded.double() - torch.from_numpy(x).to(device).double()).abs()
+    # half a step, two roundings of at most 2^-24 of the scale, and groups below 2^-119, which count as zero
+    assert bool((error <= scales.double()[:, None] * (0.5 / 127 + 2.0**-22) + 2.0**-119).all())
+    assert_same_bits(ops.quantize_rowwise(decoded)[0], codes)
+
+
 @COMMON
 @given(x=ANY_FLOATS, table=MAPS, block_size=st.sampled_from(BLOCK_SIZES_8BIT), dtype=st.sampled_from(DTYPES))
 def test_quantize_blockwise_equals_the_reference_for_all_bit_patterns_and_maps(

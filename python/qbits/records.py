@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["QTensor4", "QTensor8", "QWeight8"]
+__all__ = ["QRows8", "QTensor4", "QTensor8", "QWeight8"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,27 @@ class QWeight8:
         return tuple(self.values.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class QRows8:
+    """int8 codes with one scale per row, per column, or for all: element ``values * scales / 127``.
+
+    Transposing quantizers give transposed values. Columns of ``outlier_mask`` have codes of 0: they stay in
+    the tensor that was quantized.
+
+    Shapes: values [M, K] or [K, M]; scales [M], [K] or [1]; outlier_mask [K].
+    Reference: Dettmers et al., LLM.int8(), arXiv:2208.07339, sections 2 and 3.
+    """
+
+    values: Any  # int8, -127 to 127
+    scales: Any  # float32, largest magnitudes
+    outlier_mask: Any = None  # bool; None where no threshold was given
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        """Values and scales, as the decoders and products take them."""
+        return self.values, self.scales
+
+
 def _register(record: type, leaves: tuple[str, ...], rest: tuple[str, ...]) -> None:
     """Make ``record`` a pytree node: ``leaves`` that are not None are its children, all else its context."""
 
@@ -132,3 +153,4 @@ _register(
 )
 _register(QTensor8, ("codes", "absmax", "codebook"), ("shape", "dtype", "block_size"))
 _register(QWeight8, ("values", "scales"), ("dtype",))
+_register(QRows8, ("values", "scales", "outlier_mask"), ())

@@ -23,11 +23,23 @@ from qbits.functional.gemm_4bit import linear_4bit
 from qbits.functional.gemm_4bit import multiply_4bit as multiply_4bit
 from qbits.functional.gemm_4bit import weight_arguments as weight_arguments
 from qbits.functional.gemm_int8 import gemm_int8
+from qbits.functional.int8 import (
+    dequantize_columnwise,
+    dequantize_global,
+    dequantize_rowwise,
+    quantize_columnwise,
+    quantize_columnwise_and_transpose,
+    quantize_dual,
+    quantize_global,
+    quantize_global_transpose,
+    quantize_rowwise,
+)
 from qbits.functional.standard_linear import standard_linear
 from qbits.functional.switchback import switchback_linear
-from qbits.records import QTensor4, QTensor8
+from qbits.records import QRows8, QTensor4, QTensor8
 
 __all__ = [
+    "QRows8",
     "QTensor4",
     "QTensor8",
     "create_dynamic_map",
@@ -37,7 +49,10 @@ __all__ = [
     "dequantize",
     "dequantize_4bit",
     "dequantize_blockwise",
+    "dequantize_columnwise",
+    "dequantize_global",
     "dequantize_no_absmax",
+    "dequantize_rowwise",
     "gemm_int8",
     "get_4bit_type",
     "linear_4bit",
@@ -45,7 +60,13 @@ __all__ = [
     "quantize",
     "quantize_4bit",
     "quantize_blockwise",
+    "quantize_columnwise",
+    "quantize_columnwise_and_transpose",
+    "quantize_dual",
+    "quantize_global",
+    "quantize_global_transpose",
     "quantize_no_absmax",
+    "quantize_rowwise",
     "standard_linear",
     "switchback_linear",
     "unpack_4bit",

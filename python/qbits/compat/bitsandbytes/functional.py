@@ -13,6 +13,12 @@ import torch
 from qbits import codebooks, functional, ops, outputs
 from qbits.codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 from qbits.compat.bitsandbytes.autograd._functions import matmul_4bit
+from qbits.compat.bitsandbytes.functional_int8 import (
+    double_quant,
+    int8_double_quant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from qbits.compat.bitsandbytes.state import QuantState, flat_bytes
 from qbits.errors import ArgumentValueError, ShapeError
 from qbits.records import QTensor4, QTensor8
@@ -29,8 +35,12 @@ __all__ = [
     "dequantize_fp4",
     "dequantize_nf4",
     "dequantize_no_absmax",
+    "double_quant",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_double_quant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "quantize",
     "quantize_4bit",
     "quantize_blockwise",

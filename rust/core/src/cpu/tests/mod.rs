@@ -3,6 +3,7 @@
 mod edges;
 mod gemm;
 mod golden;
+mod int8;
 mod paths;
 mod threads;
 

@@ -11,7 +11,7 @@ use crate::cpu::{
 use half::f16;
 use proptest::prelude::*;
 
-const SCALAR: Execution = Execution { isa: Isa::SCALAR, threads: 1 };
+pub(super) const SCALAR: Execution = Execution { isa: Isa::SCALAR, threads: 1 };
 
 /// A generator of bits that needs no state elsewhere (splitmix64).
 struct Bits(u64);
@@ -65,7 +65,7 @@ fn draw(kind: Kind, i: usize, bits: &mut Bits) -> f32 {
 }
 
 /// Elements of which every 64 are of one kind. Bits of float16 and bfloat16 that are NaN stay so.
-fn elements<T: Float>(n: usize, seed: u64) -> Vec<T> {
+pub(super) fn elements<T: Float>(n: usize, seed: u64) -> Vec<T> {
     let mut bits = Bits(seed);
     let mut kind = Kind::Weights;
     (0..n)
@@ -88,7 +88,7 @@ fn elements<T: Float>(n: usize, seed: u64) -> Vec<T> {
 }
 
 /// Every other way to run: one thread, and more of them where there is work for them.
-fn others(n: usize) -> impl Iterator<Item = Execution> {
+pub(super) fn others(n: usize) -> impl Iterator<Item = Execution> {
     let threads: &[usize] = if n < 65_536 { &[1] } else { &[1, 3] };
     let all = Isa::available().flat_map(|isa| threads.iter().map(move |&threads| Execution { isa, threads }));
     all.filter(|execution| execution.isa != Isa::SCALAR || execution.threads > 1)

@@ -200,3 +200,24 @@ impl Run<QuantizeDualGlobal> for Cuda {
         unsafe { params.by_tensor(name, op.input.dtype, Cover::Tile, &op.scratch, self.stream) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Device;
+
+    #[test]
+    fn grids_cover_rows_and_columns() {
+        let tensor =
+            |shape: &[i64]| Tensor::new(std::ptr::null_mut(), Dtype::Float16, Device::Cuda(0), shape);
+        let params = QuantizeInt8Params::new(&tensor(&[300, 1000]), &tensor(&[1000]));
+        let plan = |cover| params.plan("quantize", Dtype::Float16, cover).to_string();
+        assert_eq!(plan(Cover::Span(256)), "quantize_float16<<<8, 256, 0>>>");
+        assert_eq!(plan(Cover::Span(32)), "quantize_float16<<<40, 256, 0>>>");
+        assert_eq!(plan(Cover::Tile), "quantize_float16<<<48, 256, 0>>>");
+        assert_eq!(plan(Cover::Flat), "quantize_float16<<<37, 256, 0>>>");
+        assert_eq!(params.plan_clear().to_string(), "clear_maxima<<<1, 256, 0>>>");
+        let params = QuantizeInt8Params::new(&tensor(&[2, 3, 5]), &tensor(&[1]));
+        assert_eq!((params.rows, params.columns), (6, 5));
+    }
+}

@@ -189,3 +189,34 @@ impl Run<DequantizeGlobal> for Cuda {
         unsafe { decode("dequantize_global", "dequantize_rowwise", tensors, [1, op.values.len()], self) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::H200;
+
+    #[test]
+    fn rows_are_planned_for_the_registers_that_hold_them() {
+        let plan = |dtype, rows, columns| {
+            plan_rows("quantize_rowwise", "quantize_rowwise_long", dtype, rows, columns).to_string()
+        };
+        assert_eq!(plan(Dtype::Bfloat16, 8192, 8192), "quantize_rowwise_bfloat16_1024<<<8192, 256, 0>>>");
+        assert_eq!(plan(Dtype::Float32, 17, 256), "quantize_rowwise_float32_64<<<3, 256, 0>>>");
+        assert_eq!(plan(Dtype::Float16, 5, 513), "quantize_rowwise_float16_128<<<1, 256, 0>>>");
+        assert_eq!(plan(Dtype::Float16, 3, 32_768), "quantize_rowwise_float16_4096<<<3, 1024, 0>>>");
+        assert_eq!(plan(Dtype::Float16, 3, 32_769), "quantize_rowwise_long_float16<<<3, 512, 0>>>");
+        assert_eq!(plan(Dtype::Float32, 0, 64), "quantize_rowwise_float32_64<<<0, 256, 0>>>");
+        assert_eq!(plan(Dtype::Float32, 5, 0), "quantize_rowwise_float32_64<<<1, 256, 0>>>");
+        assert_eq!(plan_rows("f", "l", Dtype::Float32, 1 << 40, 1).grid, MAX_GRID);
+    }
+
+    #[test]
+    fn outlier_columns_are_zeroed_by_no_more_blocks_than_the_device_holds() {
+        let plans = |rows, columns| plan_outliers(rows, columns, &H200).map(|plan| plan.to_string());
+        assert_eq!(
+            plans(4096, 8192),
+            ["clear_outlier_mask<<<2, 256, 0>>>", "zero_outlier_columns<<<256, 256, 0>>>"]
+        );
+        assert_eq!(plans(1 << 20, 1)[1], "zero_outlier_columns<<<528, 256, 0>>>");
+    }
+}
