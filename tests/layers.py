@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qbits.nn import Linear4bit
-from qbits.schemes import QuantScheme
+from qbits.nn import Linear4bit, QuantizedLinear, layer_class
+from qbits.schemes import QuantScheme, as_scheme
 from torch import nn
 
 SHAPES = [(8, 64), (5, 130), (3, 7)]  # blocks within rows; straddling rows; N*K odd and below a block
@@ -14,9 +14,9 @@ SHAPES = [(8, 64), (5, 130), (3, 7)]  # blocks within rows; straddling rows; N*K
 
 def quantized(
     scheme: str | QuantScheme = "nf4", shape: tuple[int, int] = (8, 64), **options: Any
-) -> Linear4bit:
+) -> QuantizedLinear:
     N, K = shape
-    return Linear4bit.from_linear(nn.Linear(K, N, **options), scheme)
+    return layer_class(as_scheme(scheme)).from_linear(nn.Linear(K, N, **options), scheme)
 
 
 def bytes_of_state(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:

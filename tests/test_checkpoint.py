@@ -12,13 +12,14 @@ import torch
 from memory import needs_linux, peak_bytes
 from qbits.checkpoint import CheckpointReader
 from qbits.errors import CheckpointFormatError
-from qbits.nn import Linear4bit
+from qbits.nn import Linear4bit, Linear8bit, QuantizedLinear
 from qbits.records import QTensor4
+from qbits.schemes import LLMInt8
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-SCHEMES = ["nf4", "nf4-dq", "fp4", "fp4-dq"]
+SCHEMES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "llm-int8"]
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -64,8 +65,8 @@ def test_load_returns_what_save_wrote_and_save_writes_it_again(tmp_path, device,
     qbits.save(model, tmp_path / "a.safetensors", format=format)
     loaded = qbits.load(tmp_path / "a.safetensors", zeroed(model))
     assert_equal_models(model, loaded)
-    assert [m.scheme for m in loaded.modules() if isinstance(m, Linear4bit)] == [
-        m.scheme for m in model.modules() if isinstance(m, Linear4bit)
+    assert [m.scheme for m in loaded.modules() if isinstance(m, QuantizedLinear)] == [
+        m.scheme for m in model.modules() if isinstance(m, QuantizedLinear)
     ]
     qbits.save(loaded, tmp_path / "b.safetensors", format=format)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -74,8 +75,9 @@ def test_load_returns_what_save_wrote_and_save_writes_it_again(tmp_path, device,
 
 
 @pytest.mark.parametrize("format", ["bnb", "qbits"])
-def test_shards_load_into_a_meta_model_and_are_written_again(tmp_path, format):
-    model = make_quantized("nf4-dq")
+@pytest.mark.parametrize("scheme", ["nf4-dq", "llm-int8", {"0": "int8", "2": "fp4", "4": "llm-int8"}])
+def test_shards_load_into_a_meta_model_and_are_written_again(tmp_path, format, scheme):
+    model = make_quantized(scheme)
     qbits.save(model, tmp_path / "a", format=format, max_shard_size="4KB")
     with torch.device("meta"):
         fresh = make_model()
@@ -128,6 +130,72 @@ def test_auto_writes_bitsandbytes_keys_where_they_can_hold_the_model(tmp_path):
         "2.weight_absmax",
         "2.weight_quant_state",
     }
+
+
+def test_int8_layers_have_the_keys_of_their_format(tmp_path):
+    model = make_quantized({"0": "int8", "2": "llm-int8"})
+    for format, scales in (("bnb", ["SCB", "weight_format"]), ("qbits", ["weight_scale"])):
+        qbits.save(model, tmp_path / "a.safetensors", format=format)
+        keys = {k for k in load_file(tmp_path / "a.safetensors") if k[0] in "02"}
+        assert keys == {"0.bias", *(f"{i}.{leaf}" for i in "02" for leaf in ("weight", *scales))}
+
+
+@pytest.mark.parametrize("config", [None, 6.0, 4.5])
+def test_the_threshold_comes_from_the_config_where_the_file_does_not_tell(tmp_path, config):
+    """A folder of bitsandbytes names it in its config.json alone; a file by itself has none."""
+    model = make_quantized("int8")
+    qbits.save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        record = {"quantization_config": {"load_in_8bit": True, "llm_int8_threshold": config}}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+    loaded = qbits.load(tmp_path, zeroed(model))
+    assert [loaded[i].threshold for i in (0, 2, 4)] == [config or 0.0] * 3
+    existing = make_quantized("llm-int8")
+    assert qbits.load(tmp_path, existing)[0].threshold == 6.0  # the layer's own stays
+
+
+@pytest.mark.parametrize("text", ["[]", '{"schemes": {"0": {"codebook": "int3"}}}', "no json"])
+def test_metadata_that_are_no_schemes_are_refused(tmp_path, text):
+    model = make_quantized("int8")
+    qbits.save(model, tmp_path / "a.safetensors")
+    metadata = {"format": "pt", "qbits": text}
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointFormatError, match=r"must hold each layer's scheme, got "):
+        qbits.load(tmp_path / "a.safetensors", zeroed(model))
+
+
+@pytest.mark.parametrize("threshold", ['"6"', "-1", "[]"])
+def test_a_config_with_another_threshold_is_refused(tmp_path, threshold):
+    model = make_quantized("nf4")
+    qbits.save(model, tmp_path)
+    record = f'{{"quantization_config": {{"load_in_8bit": true, "llm_int8_threshold": {threshold}}}}}'
+    (tmp_path / "config.json").write_text(record)
+    if threshold == "[]":
+        assert isinstance(qbits.load(tmp_path, zeroed(model))[0], Linear4bit)  # no threshold at all
+        return
+    with pytest.raises(CheckpointFormatError, match=r"config\.json must be a model's configuration, got "):
+        qbits.load(tmp_path, zeroed(model))
+
+
+def test_codes_without_scales_and_other_kinds_are_refused(tmp_path):
+    model = make_quantized("int8")
+    qbits.save(model, tmp_path / "a.safetensors")
+    tensors = {k: v for k, v in load_file(tmp_path / "a.safetensors").items() if k != "2.SCB"}
+    tensors.pop("2.weight_format")
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointFormatError) as error:
+        qbits.load(tmp_path / "b.safetensors", zeroed(model))
+    assert str(error.value) == "qbits::load: 2.weight must stand beside its scales, got torch.int8 alone"
+    with pytest.raises(CheckpointFormatError) as error:
+        qbits.load(tmp_path / "a.safetensors", make_quantized("nf4"))
+    assert str(error.value) == "qbits::load: 0.weight must be nf4 as the model's layer is, got int8"
+    qbits.save(make_quantized("nf4"), tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointFormatError) as error:
+        qbits.load(tmp_path / "c.safetensors", model)
+    assert str(error.value) == "qbits::load: 0.weight must be int8 as the model's layer is, got nf4"
+    assert isinstance(model[0], Linear8bit)
 
 
 def test_metadata_holds_the_schemes_and_the_callers_text(tmp_path):
@@ -332,6 +400,12 @@ def test_save_writes_a_config_that_names_the_quantization(tmp_path):
     }
     qbits.save(qbits.dequantize_(model), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "tiny"}
+    qbits.quantize_(model, LLMInt8(5.0), only=["0"], progress=False)
+    qbits.save(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["load_in_8bit"] and written["_load_in_8bit"] and not written["load_in_4bit"]
+    assert (written["llm_int8_threshold"], written["bnb_4bit_quant_type"]) == (5.0, "fp4")
+    assert qbits.load(tmp_path, make_model(torch.bfloat16))[0].threshold == 5.0
 
 
 def make_large_record() -> QTensor4:

@@ -37,7 +37,9 @@ def make_source(folder, dtype=torch.float32) -> Model:
     return model
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", {"up": "nf4", "down": "fp4-dq"}])
+@pytest.mark.parametrize(
+    "scheme", ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", "int8", "llm-int8", {"up": "nf4", "down": "llm-int8"}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", ["auto", "qbits"])
 def test_quantize_checkpoint_writes_what_save_of_the_quantized_model_writes(tmp_path, scheme, dtype, format):

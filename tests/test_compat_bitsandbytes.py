@@ -13,6 +13,7 @@ import pytest
 import torch
 from qbits import errors, functional
 from qbits.compat import bitsandbytes as bnb
+from qbits.compat.bitsandbytes.nn.modules import maybe_rearrange_weight
 from qbits.compat.bitsandbytes.nn.parametrize import (
     replace_parameter_4bit,
     replace_parameter_4bit_prequantized,
@@ -43,6 +44,18 @@ SIGNATURES = {
     F.gemv_4bit: "A B out=None transposed_A=False transposed_B=False state=None",
     bnb.matmul_4bit: "A B quant_state out=None bias=None",
     bnb.MatMul4Bit.apply: "A B out=None bias=None quant_state=None",
+    bnb.matmul: "A B out=None state=None threshold=0.0 bias=None",
+    bnb.MatMul8bitLt.apply: "A B out=None bias=None state=None",
+    bnb.nn.Int8Params.__new__: (
+        "cls data=None requires_grad=True has_fp16_weights=False CB=None SCB=None ignored"
+    ),
+    bnb.nn.Linear8bitLt: (
+        "input_features output_features bias=True has_fp16_weights=True threshold=0.0 index=None device=None "
+        "early memory_efficient_backward=False"
+    ),
+    maybe_rearrange_weight: (
+        "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
+    ),
     bnb.nn.Linear4bit: (
         "input_features output_features bias=True compute_dtype=None compress_statistics=True "
         "quant_type='fp4' quant_storage=torch.uint8 device=None"
@@ -67,6 +80,14 @@ def test_signature_is_the_reference_s(call):
     "path, name",
     [
         ("nn.modules", "Params4bit"),
+        ("nn.modules", "Int8Params"),
+        ("nn.modules", "Linear8bitLt"),
+        ("nn.modules", "maybe_rearrange_weight"),
+        ("autograd._functions", "MatmulLtState"),
+        ("autograd._functions", "MatMul8bitLt"),
+        ("autograd._functions", "GlobalOutlierPooler"),
+        ("autograd._functions", "get_tile_inds"),
+        ("autograd._functions", "undo_layout"),
         ("nn.modules", "LinearFP4"),
         ("nn.parametrize", "Bnb4bitParametrization"),
         ("autograd._functions", "MatMul4Bit"),

@@ -19,26 +19,32 @@ pytest.importorskip("transformers")
 NUM_SENTENCES = 8
 
 # Blocks of 64 by layer: four of 384 x 384 and two of 384 x 1536 in each of six blocks, and the pooler.
+NUM_WEIGHTS, NUM_ROWS = 10_764_288, 37 * 384 + 6 * 1152  # a bias for each row
 NUM_BLOCKS = [384 * 384 // 64] * 25 + [384 * 1536 // 64] * 12
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "fp4-dq"])
+BYTES_OF_WEIGHTS = {
+    # 4 bits each, and a scale in 4 bytes, or in 1 and a 256th more, for 64 of them
+    "nf4": NUM_WEIGHTS // 2 + NUM_WEIGHTS // 64 * 4,
+    "fp4-dq": NUM_WEIGHTS // 2 + NUM_WEIGHTS // 64 + 4 * sum(-(-n // 256) for n in NUM_BLOCKS) + 4 * 37,
+    # 8 bits each, and a scale in 4 bytes for every row
+    "llm-int8": NUM_WEIGHTS + 4 * NUM_ROWS,
+}
+
+
+@pytest.mark.parametrize("scheme", BYTES_OF_WEIGHTS)
 def test_demo_passes_on_the_real_model(tmp_path, capsys, device, scheme):
     plot = tmp_path / "sqnr.png"
     assert demo.run(scheme, plot=str(plot), device=device, num_sentences=NUM_SENTENCES) == 0
     printed = capsys.readouterr().out
     assert max(len(line) for line in printed.splitlines() if str(plot) not in line) <= 100
     assert "37 linear layers, 8 sentences" in printed
-    # 10.76 M parameters: 4 bits each, and a scale in 4 bytes (or 1, and a 256th more) for 64 of them
     before, after = re.search(r"linear layers, bytes +([\d,]+) +([\d,]+)", printed).groups()
-    weights, biases = 10_764_288, 37 * 384 + 6 * 1152
-    nested_bytes = weights // 64 + 4 * sum(-(-n // 256) for n in NUM_BLOCKS) + 4 * 37
-    scales = weights // 64 * 4 if scheme == "nf4" else nested_bytes
-    assert int(before.replace(",", "")) == 4 * (weights + biases)
-    assert int(after.replace(",", "")) == weights // 2 + scales + 4 * biases
+    assert int(before.replace(",", "")) == 4 * (NUM_WEIGHTS + NUM_ROWS)
+    assert int(after.replace(",", "")) == BYTES_OF_WEIGHTS[scheme] + 4 * NUM_ROWS
     assert len(re.findall(r"(?:dense|query|key|value) +\d\d\.\d\d", printed)) == 37
     mean = float(re.search(r"mean (\d\.\d+), min", printed)[1])
-    assert demo.DEMO_BARS[scheme[:3]] <= mean < 0.999
+    assert demo.DEMO_BARS[scheme.removesuffix("-dq")] <= mean < 0.9999
     assert printed.count("  ok     ") == 2
     assert "FAILED" not in printed
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -9,10 +9,10 @@ import pytest
 import qbits
 import torch
 from memory import needs_linux, peak_bytes
-from qbits import functional
+from qbits import functional, ops
 from qbits.errors import QbitsWarning
-from qbits.nn import Linear4bit
-from qbits.schemes import FP4, NF4
+from qbits.nn import Linear4bit, Linear8bit, QuantizedLinear
+from qbits.schemes import FP4, NF4, Int8
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -46,7 +46,7 @@ INNER = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 
 def quantized_names(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, Linear4bit) and m.is_quantized]
+    return [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized]
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
@@ -83,6 +83,32 @@ def test_quantize_gives_each_layer_the_codes_of_its_weight(device, scheme, dtype
         assert layer.scheme == chosen
         assert layer.weight.device == weight.device
         assert torch.equal(layer.dequantize(), functional.dequantize_4bit(due))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "llm-int8", Int8(4.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantize_to_int8_keeps_the_rows_of_each_weight_and_the_threshold(device, scheme, dtype):
+    model = Language().to(device, dtype)
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in INNER}
+    qbits.quantize_(model, scheme, only=["up", "down"], compute_dtype=torch.float16, progress=False)
+    assert quantized_names(model) == INNER
+    for name, weight in weights.items():
+        layer, (codes, scales) = model.get_submodule(name), ops.quantize_rowwise(weight)
+        assert isinstance(layer, Linear8bit) and layer.scheme == qbits.schemes.as_scheme(scheme)
+        assert torch.equal(layer.weight, codes) and torch.equal(layer.weight_scale, scales)
+    assert model(torch.arange(12, device=device)).dtype == dtype
+    decoded = {name: model.get_submodule(name).dequantize() for name in INNER}
+    qbits.dequantize_(model)
+    assert all(torch.equal(model.get_submodule(name).weight, w) for name, w in decoded.items())
+    assert vars(model.blocks[0].up).keys() == vars(nn.Linear(1, 1)).keys()
+
+
+def test_quantize_leaves_a_trainable_int8_layer_alone():
+    model = nn.Sequential(Linear8bit(64, 64, trainable=True), nn.Linear(64, 64))
+    qbits.quantize_(model, "int8", progress=False)
+    assert quantized_names(model) == ["1"] and model[0].weight.requires_grad
+    qbits.dequantize_(model)
+    assert type(model[0]) is Linear8bit and type(model[1]) is nn.Linear
 
 
 def test_quantize_changes_the_outputs_only_by_the_weights_error():

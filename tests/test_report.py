@@ -48,6 +48,21 @@ def test_memory_report_counts_every_byte_once():
     }
 
 
+def test_int8_layers_are_reported_with_their_scales():
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 40, bias=False))
+    quantized = copy.deepcopy(model)
+    changes = qbits.quantize_(quantized, {"0": "int8", "1": "llm-int8"}, progress=False, report=True)
+    assert [(c.scheme, c.bytes_after) for c in changes.layers] == [
+        ("int8", 64 * 96 + 96 * 4),
+        ("llm-int8", 96 * 40 + 40 * 4),
+    ]
+    by_scheme = {"int8": 64 * 96 + 96 * 4, "float32": 96 * 4, "llm-int8": 96 * 40 + 40 * 4}
+    assert qbits.memory_report(quantized).by_scheme == by_scheme
+    found = qbits.compare(model, quantized)
+    # rows of uniform values: 127 steps up to the largest, so 10 log10(12 * 127^2 / 3) = 48 dB
+    assert all(47 < layer.values["sqnr"] < 49 for layer in found.layers)
+
+
 def test_memory_report_counts_a_shared_weight_once():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[1].weight = model[0].weight

@@ -8,9 +8,20 @@ import re
 
 import pytest
 from qbits.errors import ArgumentTypeError, ArgumentValueError
-from qbits.schemes import AF4, FP4, NF4, QuantScheme, as_scheme, available_schemes, matches, resolve
+from qbits.schemes import (
+    AF4,
+    FP4,
+    NF4,
+    Int8,
+    LLMInt8,
+    QuantScheme,
+    as_scheme,
+    available_schemes,
+    matches,
+    resolve,
+)
 
-PRESETS = ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", "af4-dq"]
+PRESETS = ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", "af4-dq", "int8", "llm-int8"]
 
 
 def test_available_schemes_are_the_presets_by_name():
@@ -19,7 +30,7 @@ def test_available_schemes_are_the_presets_by_name():
     assert as_scheme("fp4-dq") == FP4(block_size=64, double_quant=True)
 
 
-@pytest.mark.parametrize("scheme", [NF4(), FP4(128), AF4(4096), NF4(32, True)])
+@pytest.mark.parametrize("scheme", [NF4(), FP4(128), AF4(4096), NF4(32, True), Int8(), Int8(3.5), LLMInt8()])
 def test_scheme_survives_json(scheme):
     again = QuantScheme.from_dict(json.loads(json.dumps(scheme.to_dict())))
     assert again == scheme
@@ -34,6 +45,8 @@ def test_scheme_is_frozen_and_hashable():
 
 def test_scheme_names_its_block_size_where_it_is_not_the_default():
     assert [str(s) for s in (NF4(), NF4(double_quant=True), FP4(32))] == ["nf4", "nf4-dq", "fp4 (block 32)"]
+    int8 = (Int8(), Int8(4), LLMInt8(), LLMInt8(threshold=5.5))
+    assert [str(s) for s in int8] == ["int8", "int8 (threshold 4)", "llm-int8", "llm-int8 (threshold 5.5)"]
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192, 64.0, True, "64", None])
@@ -51,11 +64,22 @@ def test_scheme_refuses_a_double_quant_that_is_no_bool():
     assert str(error.value) == "qbits::FP4: double_quant must be a bool, got 1"
 
 
+@pytest.mark.parametrize("threshold", [-1, float("nan"), True, "6", None])
+def test_scheme_refuses_a_threshold(threshold):
+    for scheme in (Int8, LLMInt8):
+        with pytest.raises(ValueError) as error:
+            scheme(threshold)
+        assert str(error.value) == (
+            f"qbits::{scheme.__name__}: threshold must be a number >= 0, got {threshold!r}"
+        )
+
+
 def test_from_dict_refuses_an_unknown_codebook():
     with pytest.raises(ValueError) as error:
         QuantScheme.from_dict({"codebook": "nf3"})
     assert str(error.value) == (
-        "qbits::QuantScheme.from_dict: codebook must be one of ['nf4', 'fp4', 'af4'], got 'nf3'"
+        "qbits::QuantScheme.from_dict: codebook must be one of ['nf4', 'fp4', 'af4', 'int8', 'llm-int8'], "
+        "got 'nf3'"
     )
 
 
@@ -65,6 +89,11 @@ def test_from_dict_refuses_an_unknown_field():
     assert str(error.value) == (
         "qbits::QuantScheme.from_dict: record must hold only codebook, block_size and double_quant, "
         "got ['blocksize']"
+    )
+    with pytest.raises(ValueError) as error:
+        QuantScheme.from_dict({"codebook": "int8", "block_size": 64})
+    assert str(error.value) == (
+        "qbits::QuantScheme.from_dict: record must hold only codebook and threshold, got ['block_size']"
     )
 
 

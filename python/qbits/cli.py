@@ -34,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qbits", description="Quantize PyTorch models to 4 bits.")
+    parser = argparse.ArgumentParser(prog="qbits", description="Quantize PyTorch models to 8 and 4 bits.")
     parser.add_argument("--version", action="version", version=f"qbits {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="quantize a real model and show what it costs and gains")
-    demo.add_argument("--scheme", default="nf4", choices=["nf4", "fp4", "nf4-dq", "fp4-dq"])
+    demo.add_argument(
+        "--scheme", default="nf4", choices=["nf4", "fp4", "nf4-dq", "fp4-dq", "int8", "llm-int8"]
+    )
     demo.add_argument(
         "--model", metavar="PATH", help="a model folder for transformers (default: MiniLM, installed)"
     )

@@ -205,10 +205,14 @@ def check_threshold(owner: str, threshold: Any) -> None:
 SchemeRules: TypeAlias = str | QuantScheme | Mapping[Pattern, str | QuantScheme | None]
 
 _KINDS_4BIT: tuple[type[Scheme4bit], ...] = (NF4, FP4, AF4)
-_CODEBOOKS: Mapping[str, type[QuantScheme]] = {cls.codebook: cls for cls in _KINDS_4BIT}
+_KINDS_8BIT: tuple[type[Int8], ...] = (Int8, LLMInt8)
+_CODEBOOKS: Mapping[str, type[QuantScheme]] = {cls.codebook: cls for cls in (*_KINDS_4BIT, *_KINDS_8BIT)}
 _PRESETS: Mapping[str, QuantScheme] = {
     scheme.name: scheme
-    for scheme in (*(cls(double_quant=nested) for cls in _KINDS_4BIT for nested in (False, True)),)
+    for scheme in (
+        *(cls(double_quant=nested) for cls in _KINDS_4BIT for nested in (False, True)),
+        *(cls() for cls in _KINDS_8BIT),
+    )
 }
 
 
@@ -217,7 +221,7 @@ def available_schemes() -> list[str]:
 
     Example:
         >>> available_schemes()
-        ['nf4', 'nf4-dq', 'fp4', 'fp4-dq', 'af4', 'af4-dq']
+        ['nf4', 'nf4-dq', 'fp4', 'fp4-dq', 'af4', 'af4-dq', 'int8', 'llm-int8']
     """
     return list(_PRESETS)
 

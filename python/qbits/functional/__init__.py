@@ -34,6 +34,8 @@ from qbits.functional.int8 import (
     quantize_global_transpose,
     quantize_rowwise,
 )
+from qbits.functional.matmul_int8 import matmul_int8
+from qbits.functional.matmul_int8 import multiply_int8 as multiply_int8
 from qbits.functional.standard_linear import standard_linear
 from qbits.functional.switchback import switchback_linear
 from qbits.records import QRows8, QTensor4, QTensor8
@@ -56,6 +58,7 @@ __all__ = [
     "gemm_int8",
     "get_4bit_type",
     "linear_4bit",
+    "matmul_int8",
     "pack_4bit",
     "quantize",
     "quantize_4bit",

@@ -3,6 +3,7 @@
 from qbits.nn.cache import cached_weights
 from qbits.nn.crossover import crossover_table
 from qbits.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
+from qbits.nn.linear_8bit import Linear8bit
 from qbits.nn.outlier import OutlierPool
 from qbits.nn.quantized_linear import QuantizedLinear
 from qbits.nn.standard_linear import StandardLinear
@@ -19,6 +20,7 @@ from qbits.schemes import QuantScheme
 
 __all__ = [
     "Linear4bit",
+    "Linear8bit",
     "LinearFP4",
     "LinearNF4",
     "OutlierPool",
@@ -35,15 +37,15 @@ __all__ = [
     "unprepare",
 ]
 
-LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit,)
+LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit, Linear8bit)
 """One for each class of schemes."""
 
 
 def layer_class(scheme: QuantScheme) -> type[QuantizedLinear]:
     """Return the class of layers that have such a scheme.
 
-    >>> from qbits.schemes import NF4
-    >>> layer_class(NF4()).__name__
-    'Linear4bit'
+    >>> from qbits.schemes import LLMInt8
+    >>> layer_class(LLMInt8()).__name__
+    'Linear8bit'
     """
     return next(cls for cls in LAYER_CLASSES if isinstance(scheme, cls.scheme_class))

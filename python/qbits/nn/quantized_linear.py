@@ -303,7 +303,7 @@ class QuantizedLinear(nn.Linear):
             target = weight if assign or self.weight.is_meta else weight.to(self.weight.device)
             target = target.detach() if assign else target.detach().to(self.weight_dtype)
             return self.quantize_weight(target, self.scheme)
-        if not self.is_quantized and not weight.is_floating_point():
+        if not weight.is_floating_point():
             raise CheckpointFormatError(
                 f"qbits::load: {key} must stand beside {self._statistics_of(key)}, got {weight.dtype} alone"
             )

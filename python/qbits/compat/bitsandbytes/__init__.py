@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit and blockwise 8-bit names, argument orders and module paths, as thin forms of qbits.
+"""bitsandbytes' names for 4 bits, 8-bit blocks and LLM.int8(), its argument orders and paths, over qbits.
 
 >>> from qbits.compat import bitsandbytes as bnb
 >>> bnb.nn.Linear4bit(64, 2, quant_type="nf4").to("cpu").weight.quant_state.blocksize
@@ -10,13 +10,22 @@ from __future__ import annotations
 from typing import NoReturn
 
 from qbits.compat.bitsandbytes import functional, nn
-from qbits.compat.bitsandbytes.autograd._functions import MatMul4Bit, matmul_4bit
+from qbits.compat.bitsandbytes.autograd._functions import (
+    MatMul4Bit,
+    MatMul8bitLt,
+    MatmulLtState,
+    matmul,
+    matmul_4bit,
+)
 
 __all__ = [
     "MatMul4Bit",
+    "MatMul8bitLt",
+    "MatmulLtState",
     "__version__",
     "features",
     "functional",
+    "matmul",
     "matmul_4bit",
     "nn",
     "supported_torch_devices",
@@ -27,8 +36,6 @@ features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda"}
 
 _ABSENT = {
-    "matmul": "qbits has no 8-bit linear layer yet",
-    "MatmulLtState": "qbits has no 8-bit linear layer yet",
     "optim": "qbits has no optimizers yet",
     "research": "qbits has no fp8 layers yet",
 }

@@ -1,5 +1,21 @@
-"""The 4-bit product under bitsandbytes' module path."""
+"""The products under bitsandbytes' module path."""
 
-from qbits.compat.bitsandbytes.autograd._functions import MatMul4Bit, matmul_4bit
+from qbits.compat.bitsandbytes.autograd._functions import (
+    MatMul4Bit,
+    MatMul8bitLt,
+    MatmulLtState,
+    get_tile_inds,
+    matmul,
+    matmul_4bit,
+    undo_layout,
+)
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = [
+    "MatMul4Bit",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "get_tile_inds",
+    "matmul",
+    "matmul_4bit",
+    "undo_layout",
+]

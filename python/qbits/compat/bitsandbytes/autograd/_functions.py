@@ -1,4 +1,4 @@
-"""`matmul_4bit` and `MatMul4Bit`: bitsandbytes' spelling of `qbits.functional.linear_4bit`.
+"""`matmul_4bit` and `MatMul4Bit`: bitsandbytes' spelling of `qbits.functional.linear_4bit`; `matmul` beside.
 
 Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3.
 """
@@ -11,11 +11,27 @@ from typing import Any
 import torch
 
 from qbits import functional
+from qbits.compat.bitsandbytes.autograd.matmul_8bit import MatMul8bitLt, matmul
+from qbits.compat.bitsandbytes.autograd.matmul_8bit_state import (
+    GlobalOutlierPooler,
+    MatmulLtState,
+    get_tile_inds,
+    undo_layout,
+)
 from qbits.compat.bitsandbytes.state import QuantState
 from qbits.errors import ArgumentValueError, QbitsWarning, ShapeError
 from qbits.records import QTensor4
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = [
+    "GlobalOutlierPooler",
+    "MatMul4Bit",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "get_tile_inds",
+    "matmul",
+    "matmul_4bit",
+    "undo_layout",
+]
 
 
 def matmul_4bit(

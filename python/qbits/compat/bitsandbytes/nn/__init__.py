@@ -1,6 +1,13 @@
-"""The 4-bit and the SwitchBack modules under bitsandbytes' names."""
+"""The modules under bitsandbytes' names."""
 
-from qbits.compat.bitsandbytes.nn.modules import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from qbits.compat.bitsandbytes.nn.modules import (
+    Int8Params,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+    Params4bit,
+)
 from qbits.compat.bitsandbytes.nn.triton_based_modules import (
     StandardLinear,
     SwitchBackLinear,
@@ -11,7 +18,9 @@ from qbits.compat.bitsandbytes.nn.triton_based_modules import (
 )
 
 __all__ = [
+    "Int8Params",
     "Linear4bit",
+    "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
     "Params4bit",

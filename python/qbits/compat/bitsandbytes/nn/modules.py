@@ -1,6 +1,6 @@
-"""The 4-bit linear layers with bitsandbytes' constructors, attributes and state_dict keys.
+"""The linear layers with bitsandbytes' constructors, attributes and state_dict keys.
 
-Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3.
+Reference: Dettmers et al., QLoRA, arXiv:2305.14314, section 3; LLM.int8(), arXiv:2208.07339.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from qbits import codebooks, functional
+from qbits.compat.bitsandbytes.nn.int8_params import Int8Params
+from qbits.compat.bitsandbytes.nn.linear_8bit import Linear8bitLt, maybe_rearrange_weight
+from qbits.compat.bitsandbytes.nn.moving import MovingParameter, MovingWeight
 from qbits.compat.bitsandbytes.nn.params import Params4bit
 from qbits.compat.bitsandbytes.state import QuantState
 from qbits.errors import QbitsWarning
@@ -21,10 +24,18 @@ from qbits.nn.quantized_linear import move_bytes
 from qbits.records import QTensor4
 from qbits.schemes import QuantScheme
 
-__all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
+__all__ = [
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+    "maybe_rearrange_weight",
+]
 
 
-class Linear4bit(modern.Linear4bit):
+class Linear4bit(MovingWeight, modern.Linear4bit):
     """`qbits.nn.Linear4bit` whose weight is a `Params4bit`: it is quantized when the layer moves to a device.
 
     Shapes: input [*, K]; output [*, N].
@@ -147,22 +158,13 @@ class Linear4bit(modern.Linear4bit):
     def _check_codebook(self, codebook: str, key: str) -> None:
         """Accept either type: the layer takes over that of the checkpoint."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear4bit:
-        weight, self._parameters["weight"] = self.weight, None
-        try:
-            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._parameters["weight"] = weight
+    def _move_weight(self, weight: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if type(weight) is not Params4bit:  # stripped by sharding, which moves it itself
             self._parameters["weight"] = nn.Parameter(move_bytes(weight, fn), requires_grad=False)
         elif weight.bnb_quantized:
             self._move_quantized(weight, fn)
         else:
-            moved = fn(weight)
-            if moved is not weight:
-                moved = moved if isinstance(moved, Params4bit) else weight._with(moved, None)
-                self._replace_weight(moved)
-        return self
+            super()._move_weight(weight, fn)
 
     def _move_quantized(self, weight: Params4bit, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move bytes and statistics; the code table is a constant, made anew where the bytes have gone."""
@@ -176,15 +178,8 @@ class Linear4bit(modern.Linear4bit):
                 state.state2.code = codebooks.dynamic_map(moved.device).clone()
         self._replace_weight(weight._with(moved, state))
 
-    def _replace_weight(self, moved: Params4bit) -> None:
-        """Take over ``moved``, inside the parameter that is there where torch can."""
-        weight = self.weight
-        if type(weight) is Params4bit and torch._has_compatible_shallow_copy_type(weight, moved):
-            weight.requires_grad = moved.requires_grad
-            weight.data = moved.data
-            vars(weight).update(vars(moved))
-        else:
-            self.weight = moved
+    def _replace_weight(self, moved: MovingParameter) -> None:
+        super()._replace_weight(moved)
         self._stripped_state = self.weight.quant_state
 
     def __setstate__(self, state: Any) -> None:

@@ -13,15 +13,14 @@ import torch
 
 from qbits import quant_state as formats
 from qbits.compat.bitsandbytes import functional
+from qbits.compat.bitsandbytes.nn.moving import MovingParameter
 from qbits.compat.bitsandbytes.state import QuantState
 from qbits.errors import CheckpointFormatError
 
 __all__ = ["Params4bit"]
 
-_PIECES = (torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split)
 
-
-class Params4bit(torch.nn.Parameter):
+class Params4bit(MovingParameter):
     """A parameter that holds floats until it moves to a real device, then packed 4-bit codes, frozen.
 
     ``__dict__`` holds exactly the keyword names of the constructor, so that ``Params4bit(data,
@@ -198,40 +197,8 @@ class Params4bit(torch.nn.Parameter):
             state.dtype = state.dtype if dtype is None else dtype
         return self._with(data, state)
 
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Return ``to`` a CUDA device, the current one if None."""
-        index = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
-        return self.to(index, non_blocking=non_blocking)
-
-    def cpu(self) -> Params4bit:  # type: ignore[override]
-        """Return ``to("cpu")``."""
-        return self.to("cpu")
-
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Return ``to`` an XPU device, which qbits refuses to quantize on."""
-        return self.to("xpu" if device is None else device, non_blocking=non_blocking)
-
-    def half(self) -> Params4bit:
-        """Return ``to(torch.float16)``."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Params4bit:
-        """Return ``to(torch.bfloat16)``."""
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Params4bit:
-        """Return ``to(torch.float32)``."""
-        return self.to(torch.float32)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Keep class and attributes on the pieces of a chunk or a split; all else gives plain tensors."""
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        if func not in _PIECES or not isinstance(source, Params4bit):
-            return result
-        return tuple(source._with(piece, source.quant_state) for piece in result)
+    def _piece(self, piece: torch.Tensor, first_row: int) -> Params4bit:
+        return self._with(piece, self.quant_state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) in memo:
@@ -246,13 +213,6 @@ class Params4bit(torch.nn.Parameter):
     def __copy__(self) -> Params4bit:
         return self._with(self.data, self.quant_state)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def _state_to_pickle(self) -> dict[str, Any]:
         # a weak reference cannot be pickled: the module links its weight again when it is restored
-        attributes = {**self.__dict__, "module": None}
-        return _restore, (type(self), self.data, self.requires_grad, attributes)
-
-
-def _restore(
-    cls: type[Params4bit], data: torch.Tensor, requires_grad: bool, attributes: dict[str, Any]
-) -> Params4bit:
-    return cls(data, requires_grad, **attributes)
+        return {**self.__dict__, "module": None}
