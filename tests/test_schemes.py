@@ -15,13 +15,14 @@ from qbits.schemes import (
     Int8,
     LLMInt8,
     QuantScheme,
+    SwitchBack,
     as_scheme,
     available_schemes,
     matches,
     resolve,
 )
 
-PRESETS = ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", "af4-dq", "int8", "llm-int8"]
+PRESETS = ["nf4", "nf4-dq", "fp4", "fp4-dq", "af4", "af4-dq", "int8", "llm-int8", "switchback"]
 
 
 def test_available_schemes_are_the_presets_by_name():
@@ -30,7 +31,10 @@ def test_available_schemes_are_the_presets_by_name():
     assert as_scheme("fp4-dq") == FP4(block_size=64, double_quant=True)
 
 
-@pytest.mark.parametrize("scheme", [NF4(), FP4(128), AF4(4096), NF4(32, True), Int8(), Int8(3.5), LLMInt8()])
+SCHEMES = [NF4(), FP4(128), AF4(4096), NF4(32, True), Int8(), Int8(3.5), LLMInt8(), SwitchBack(False)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_scheme_survives_json(scheme):
     again = QuantScheme.from_dict(json.loads(json.dumps(scheme.to_dict())))
     assert again == scheme
@@ -78,8 +82,8 @@ def test_from_dict_refuses_an_unknown_codebook():
     with pytest.raises(ValueError) as error:
         QuantScheme.from_dict({"codebook": "nf3"})
     assert str(error.value) == (
-        "qbits::QuantScheme.from_dict: codebook must be one of ['nf4', 'fp4', 'af4', 'int8', 'llm-int8'], "
-        "got 'nf3'"
+        "qbits::QuantScheme.from_dict: codebook must be one of ['nf4', 'fp4', 'af4', 'int8', 'llm-int8', "
+        "'switchback'], got 'nf3'"
     )
 
 
@@ -158,3 +162,11 @@ def test_resolve_takes_the_first_rule_that_fits():
 def test_resolve_checks_every_scheme_of_a_mapping_at_once():
     with pytest.raises(ArgumentValueError, match="got 'nf5'"):
         resolve({"a": "nf4", "never": "nf5"})
+
+
+def test_switchback_stores_no_codes_and_refuses_what_is_no_bool():
+    assert [str(s) for s in (SwitchBack(), SwitchBack(False))] == ["switchback", "switchback (one scale)"]
+    assert not SwitchBack.stores_codes and NF4.stores_codes
+    with pytest.raises(TypeError) as error:
+        SwitchBack(vectorwise=1)
+    assert str(error.value) == "qbits::SwitchBack: vectorwise must be a bool, got 1"

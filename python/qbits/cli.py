@@ -14,7 +14,7 @@ import torch
 
 from qbits import __version__
 from qbits.errors import QbitsError
-from qbits.schemes import available_schemes
+from qbits.schemes import as_scheme, available_schemes
 
 __all__ = ["main"]
 
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="quantize a real model and show what it costs and gains")
     demo.add_argument(
-        "--scheme", default="nf4", choices=["nf4", "fp4", "nf4-dq", "fp4-dq", "int8", "llm-int8"]
+        "--scheme",
+        default="nf4",
+        choices=["nf4", "fp4", "nf4-dq", "fp4-dq", "int8", "llm-int8", "switchback"],
     )
     demo.add_argument(
         "--model", metavar="PATH", help="a model folder for transformers (default: MiniLM, installed)"
@@ -55,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantize a model folder or a .safetensors file")
     quantize.add_argument("source", metavar="IN", help="a model folder, or a .safetensors file")
     quantize.add_argument("target", metavar="OUT", help="the folder to write, or a .safetensors file")
-    quantize.add_argument("--scheme", default="nf4", choices=available_schemes())
+    stored = [name for name in available_schemes() if as_scheme(name).stores_codes]
+    quantize.add_argument("--scheme", default="nf4", choices=stored)
     quantize.add_argument(
         "--skip",
         metavar="GLOB",

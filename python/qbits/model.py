@@ -15,9 +15,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from tqdm import tqdm
 
 from qbits.errors import ArgumentTypeError, ArgumentValueError, QbitsWarning
-from qbits.nn import LAYER_CLASSES, Linear4bit, QuantizedLinear, layer_class
+from qbits.nn import (
+    LAYER_CLASSES,
+    Linear4bit,
+    QuantizedLinear,
+    SwitchBackLinear,
+    is_converted,
+    layer_class,
+)
 from qbits.report import LayerChange, QuantReport, measure_error, tensor_bytes
-from qbits.schemes import Pattern, QuantScheme, SchemeRules, fits_any, resolve
+from qbits.schemes import Pattern, QuantScheme, SchemeRules, SwitchBack, fits_any, resolve
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -106,7 +113,7 @@ def _carry_over(old: nn.Linear, new: nn.Linear) -> None:
             bias.data = bias.data.to(converted.device, converted.dtype)
     new._parameters["bias"] = bias
     new.training = old.training
-    own = {key for cls in LAYER_CLASSES for key in vars(cls(1, 1, device="meta"))}
+    own = {key for cls in (*LAYER_CLASSES, SwitchBackLinear) for key in vars(cls(1, 1, device="meta"))}
     for key, value in vars(old).items():
         if "hook" not in key:
             if key not in own and not hasattr(new, key):
@@ -186,7 +193,7 @@ def _find_targets(
     for group in linear_groups(model):
         chosen = pick(group.name)
         names = [(name, layer) for layer, known in group.layers for name in known]
-        if isinstance(group.first, QuantizedLinear) or chosen is None:
+        if isinstance(group.first, QuantizedLinear | SwitchBackLinear) or chosen is None:
             continue
         if not all(wanted(name, layer) for name, layer in names):
             continue
@@ -272,9 +279,7 @@ def quantize_(
     with tqdm(total=len(targets), desc="quantize", unit="layer", disable=None if progress else True) as bar:
         while targets:
             group, chosen = targets.pop(0)  # popped: no list may keep the float weight alive
-            kind = layer_class(chosen)
-            options = {"compute_dtype": compute_dtype} if kind is Linear4bit else {}
-            layer = kind.from_linear(group.first, chosen, device=device, **options)
+            layer = _converted(group.first, chosen, compute_dtype, device)
             if report:
                 changes.append(_describe_change(group, layer, chosen))
             replace_group_(model, group, layer)
@@ -285,7 +290,22 @@ def quantize_(
     return QuantReport(tuple(changes)) if report else model
 
 
-def _describe_change(group: LinearGroup, layer: QuantizedLinear, scheme: QuantScheme) -> LayerChange:
+def _converted(
+    linear: nn.Linear,
+    scheme: QuantScheme,
+    compute_dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> QuantizedLinear | SwitchBackLinear:
+    if isinstance(scheme, SwitchBack):
+        return SwitchBackLinear.from_linear(linear, scheme, device=device)
+    kind = layer_class(scheme)
+    options = {"compute_dtype": compute_dtype} if kind is Linear4bit else {}
+    return kind.from_linear(linear, scheme, device=device, **options)
+
+
+def _describe_change(
+    group: LinearGroup, layer: QuantizedLinear | SwitchBackLinear, scheme: QuantScheme
+) -> LayerChange:
     weight = group.first.weight
     error = measure_error(weight, layer.dequantize(torch.float32))
     packed_bytes = sum(
@@ -299,14 +319,8 @@ def _describe_change(group: LinearGroup, layer: QuantizedLinear, scheme: QuantSc
 def _leave_nested_tensors(model: nn.Module) -> None:
     """Keep nn.TransformerEncoder from nested tensors, which only the fused path of its layers takes."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, QuantizedLinear) for m in module.modules()
-        ):
+        if isinstance(module, nn.TransformerEncoder) and any(is_converted(m) for m in module.modules()):
             module.use_nested_tensor = False
-
-
-def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, QuantizedLinear) and layer.is_quantized
 
 
 def dequantize_(
@@ -322,10 +336,10 @@ def dequantize_(
     groups = [
         group
         for group in linear_groups(model)
-        if _is_quantized(group.first) and (only is None or fits_any(only, group.name))
+        if is_converted(group.first) and (only is None or fits_any(only, group.name))
     ]
     while groups:
         group = groups.pop(0)
-        assert isinstance(group.first, QuantizedLinear)
+        assert isinstance(group.first, QuantizedLinear | SwitchBackLinear)
         replace_group_(model, group, group.first.to_linear(dtype))
     return model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qbits.errors import ArgumentTypeError, ArgumentValueError
-from qbits.nn import QuantizedLinear
+from qbits.nn import QuantizedLinear, SwitchBackLinear, is_converted
 
 __all__ = [
     "ErrorReport",
@@ -107,7 +107,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
             by_scheme[label] = by_scheme.get(label, 0) + tensor_bytes(tensor)
             num_bytes += tensor_bytes(tensor)
         if num_bytes:
-            scheme = str(module.scheme) if packed else "float"
+            scheme = str(module.scheme) if is_converted(module) else "float"
             by_layer[name] = LayerMemory(name, scheme, num_bytes)
     return MemoryReport(sum(by_scheme.values()), by_scheme, by_layer)
 
@@ -287,8 +287,8 @@ def compare(
     pairs = {
         name: (originals[name], layer)
         for name, layer in quantized.named_modules()
-        if isinstance(layer, QuantizedLinear)
-        and layer.is_quantized
+        if isinstance(layer, QuantizedLinear | SwitchBackLinear)
+        and is_converted(layer)
         and isinstance(originals.get(name), nn.Linear)
     }
     if not pairs:
@@ -307,7 +307,7 @@ def compare(
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    if isinstance(layer, QuantizedLinear) and layer.is_quantized:
+    if isinstance(layer, QuantizedLinear | SwitchBackLinear) and is_converted(layer):
         return layer.dequantize(torch.float32)
     weight = layer.weight
     assert isinstance(weight, Tensor)

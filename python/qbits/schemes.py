@@ -2,7 +2,7 @@
 
 Numeric types: NF4 and FP4 (Dettmers et al., QLoRA, arXiv:2305.14314, section 3) and AF4 (Yoshida, NF4 Isn't
 Information Theoretically Optimal, arXiv:2306.06965); int8 with outlier columns (Dettmers et al., LLM.int8(),
-arXiv:2208.07339, section 3).
+arXiv:2208.07339, section 3); int8 products in training (Wortsman et al., SwitchBack, arXiv:2304.13013).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "QuantScheme",
     "Scheme4bit",
     "SchemeRules",
+    "SwitchBack",
     "as_scheme",
     "available_schemes",
     "check_threshold",
@@ -44,6 +45,7 @@ class QuantScheme:
     """What a layer's weight becomes; each kind of codes is a subclass, with its options as fields."""
 
     codebook: ClassVar[str] = ""  # the kind's name in records and files
+    stores_codes: ClassVar[bool] = True  # in the place of the float weight
 
     @property
     def name(self) -> str:
@@ -195,6 +197,33 @@ class LLMInt8(Int8):
     codebook: ClassVar[str] = "llm-int8"
 
 
+@dataclass(frozen=True)
+class SwitchBack(QuantScheme):
+    """A float weight that trains, with int8 products for output and input gradient.
+
+    ``vectorwise``: one scale per row of the weight, and per column backward, in place of one in all.
+
+    Raises:
+        TypeError: ``vectorwise`` is not a bool.
+
+    Example:
+        >>> str(SwitchBack()), str(SwitchBack(vectorwise=False)), SwitchBack.stores_codes
+        ('switchback', 'switchback (one scale)', False)
+    """
+
+    vectorwise: bool = True
+
+    codebook: ClassVar[str] = "switchback"
+    stores_codes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if type(self.vectorwise) is not bool:
+            raise ArgumentTypeError(f"qbits::SwitchBack: vectorwise must be a bool, got {self.vectorwise!r}")
+
+    def __str__(self) -> str:
+        return self.name if self.vectorwise else f"{self.name} (one scale)"
+
+
 def check_threshold(owner: str, threshold: Any) -> None:
     """Raise ValueError unless an outlier threshold is a number >= 0; ``owner`` is what the message names."""
     is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
@@ -205,7 +234,7 @@ def check_threshold(owner: str, threshold: Any) -> None:
 SchemeRules: TypeAlias = str | QuantScheme | Mapping[Pattern, str | QuantScheme | None]
 
 _KINDS_4BIT: tuple[type[Scheme4bit], ...] = (NF4, FP4, AF4)
-_KINDS_8BIT: tuple[type[Int8], ...] = (Int8, LLMInt8)
+_KINDS_8BIT: tuple[type[QuantScheme], ...] = (Int8, LLMInt8, SwitchBack)
 _CODEBOOKS: Mapping[str, type[QuantScheme]] = {cls.codebook: cls for cls in (*_KINDS_4BIT, *_KINDS_8BIT)}
 _PRESETS: Mapping[str, QuantScheme] = {
     scheme.name: scheme
@@ -221,7 +250,7 @@ def available_schemes() -> list[str]:
 
     Example:
         >>> available_schemes()
-        ['nf4', 'nf4-dq', 'fp4', 'fp4-dq', 'af4', 'af4-dq', 'int8', 'llm-int8']
+        ['nf4', 'nf4-dq', 'fp4', 'fp4-dq', 'af4', 'af4-dq', 'int8', 'llm-int8', 'switchback']
     """
     return list(_PRESETS)
 

@@ -100,6 +100,12 @@ def quantize_checkpoint(
             raise ArgumentValueError(
                 f"qbits::quantize_checkpoint: src must hold linear weights to quantize, got none in {source}"
             )
+        floats_stay = sorted({str(s) for s in schemes.values() if not s.stores_codes})
+        if floats_stay:
+            raise ArgumentValueError(
+                "qbits::quantize_checkpoint: scheme must be one with codes in the file, "
+                f"got {', '.join(floats_stay)}, which leaves weights as they are"
+            )
         chosen = layouts.choose_format(format, schemes.values())
         plan = [_plan(reader, key, schemes, chosen) for key in reader]
         tensors = _convert(reader, schemes, chosen, device, progress)

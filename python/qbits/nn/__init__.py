@@ -1,5 +1,7 @@
 """Modules with quantized weights; each holds parameters and calls `qbits.functional`."""
 
+from torch import nn
+
 from qbits.nn.cache import cached_weights
 from qbits.nn.crossover import crossover_table
 from qbits.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
@@ -7,8 +9,8 @@ from qbits.nn.linear_8bit import Linear8bit
 from qbits.nn.outlier import OutlierPool
 from qbits.nn.quantized_linear import QuantizedLinear
 from qbits.nn.standard_linear import StandardLinear
-from qbits.nn.switchback import (
-    SwitchBackLinear,
+from qbits.nn.switchback import SwitchBackLinear
+from qbits.nn.switchback_forms import (
     SwitchBackLinearGlobal,
     SwitchBackLinearGlobalMemEfficient,
     SwitchBackLinearVectorwise,
@@ -39,6 +41,13 @@ __all__ = [
 
 LAYER_CLASSES: tuple[type[QuantizedLinear], ...] = (Linear4bit, Linear8bit)
 """One for each class of schemes."""
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether a layer computes by a scheme: its weight is quantized, or quantized in every call."""
+    if isinstance(module, SwitchBackLinear):
+        return True
+    return isinstance(module, QuantizedLinear) and module.is_quantized
 
 
 def layer_class(scheme: QuantScheme) -> type[QuantizedLinear]:

@@ -1,4 +1,4 @@
-"""Linear layers that train with int8 products: `SwitchBackLinear` and its four fixed forms.
+"""The linear layer that trains with int8 products.
 
 Reference: Wortsman et al., Stable and low-precision training for large-scale vision-language models,
 arXiv:2304.13013, section 2.
@@ -30,16 +30,9 @@ from qbits.functional.switchback import (
 from qbits.nn import crossover
 from qbits.nn.cache import CachedWeightModule
 from qbits.nn.quantized_linear import move_bytes
+from qbits.schemes import QuantScheme, SwitchBack, as_scheme
 
-__all__ = [
-    "SwitchBackLinear",
-    "SwitchBackLinearGlobal",
-    "SwitchBackLinearGlobalMemEfficient",
-    "SwitchBackLinearVectorwise",
-    "SwitchBackLinearVectorwiseMemEfficient",
-    "prepare_for_eval",
-    "unprepare",
-]
+__all__ = ["SwitchBackLinear"]
 
 
 class SwitchBackLinear(CachedWeightModule, nn.Linear):
@@ -140,13 +133,27 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
         return switchback_function(self.vectorwise, self.mem_efficient)
 
     @property
+    def scheme(self) -> SwitchBack:
+        """What `qbits.quantize_` makes such a layer of."""
+        return SwitchBack(vectorwise=self.vectorwise)
+
+    @property
     def is_prepared(self) -> bool:
         """Whether `prepare_for_eval` has made the weight's codes."""
         return self._buffers["W_int8"] is not None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options: Any) -> SwitchBackLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: str | QuantScheme | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> SwitchBackLinear:
         """Return a layer that shares the parameters of ``linear``; options as for the constructor.
+
+        ``scheme`` gives ``vectorwise``; ``device`` is where the parameters are moved, in place.
 
         >>> SwitchBackLinear.from_linear(torch.nn.Linear(4, 2), threshold=6.0).threshold
         6.0
@@ -156,20 +163,27 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
             raise ArgumentTypeError(
                 f"qbits::from_linear: linear must be a float nn.Linear, got {type(linear).__name__}"
             )
+        chosen = None if scheme is None else as_scheme(scheme)
+        if chosen is not None:
+            if not isinstance(chosen, SwitchBack):
+                raise ArgumentValueError(f"qbits::from_linear: scheme must be switchback, got {chosen}")
+            options["vectorwise"] = chosen.vectorwise
         layer = cls(linear.in_features, linear.out_features, False, device="meta", **options)
         layer.weight, layer.bias = weight, linear.bias
+        if device is not None:
+            layer.to(device)
         layer._weight_dtype = weight.dtype
         return layer.train(linear.training)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an `nn.Linear` that shares the parameters; with another ``dtype`` it has copies.
 
-        Raises: NotQuantizedError by a layer that was prepared without its weight: call unprepare() first.
+        Of a layer that was prepared without its weight it gets the decoded codes.
         """
-        if self._parameters["weight"] is None:
-            self._refuse_to_train()
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
+        weight = self._parameters["weight"]
+        linear.weight = nn.Parameter(self.dequantize()) if weight is None else weight
+        linear.bias = self.bias
         if dtype is not None:
             for name, p in linear.named_parameters():
                 if p.dtype != dtype:
@@ -244,8 +258,7 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
 
     def unprepare(self) -> SwitchBackLinear:
         """Undo `prepare_for_eval`; a weight that was not kept is decoded from its codes, with a warning."""
-        codes, scales = self._buffers["W_int8"], self._buffers["state_W"]
-        if codes is None or scales is None:
+        if not self.is_prepared:
             return self
         if self._parameters["weight"] is None:
             warnings.warn(
@@ -253,7 +266,7 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
                 QbitsWarning,
                 stacklevel=2,
             )
-            self.weight = nn.Parameter(self._decoded(codes, scales))
+            self.weight = nn.Parameter(self.dequantize())
         self._hold(None, None, keep_weight=True)
         return self
 
@@ -348,8 +361,14 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
         )
         return None
 
-    def _decoded(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return decode_weight(QuantizedWeight(codes, scales), self.vectorwise, self._weight_dtype)
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the weight [N, K] as its codes have it, in ``dtype`` or its own."""
+        codes, scales = self._buffers["W_int8"], self._buffers["state_W"]
+        forms = (
+            self._quantize(both=False) if codes is None or scales is None else QuantizedWeight(codes, scales)
+        )
+        return decode_weight(forms, self.vectorwise, self._dtype() if dtype is None else dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments that made the layer."""
@@ -358,71 +377,3 @@ class SwitchBackLinear(CachedWeightModule, nn.Linear):
         rest += ", keep_quantized_weight=True" if self.keep_quantized_weight else ""
         rest += ", prepared" if self.is_prepared else ""
         return f"{super().extra_repr()}, scheme='switchback', {form}, min_rows={self.min_rows!r}{rest}"
-
-
-class SwitchBackLinearGlobal(SwitchBackLinear):
-    """`SwitchBackLinear` with one scale for the weight.
-
-    >>> SwitchBackLinearGlobal(4, 2).vectorwise
-    False
-    """
-
-    _fixed_vectorwise = False
-    _fixed_mem_efficient = False
-
-
-class SwitchBackLinearGlobalMemEfficient(SwitchBackLinear):
-    """`SwitchBackLinear` with one scale for the weight, which keeps the input as int8 codes.
-
-    >>> SwitchBackLinearGlobalMemEfficient(4, 2).mem_efficient
-    True
-    """
-
-    _fixed_vectorwise = False
-    _fixed_mem_efficient = True
-
-
-class SwitchBackLinearVectorwise(SwitchBackLinear):
-    """`SwitchBackLinear` with one scale per row of the weight, and per column backward.
-
-    >>> SwitchBackLinearVectorwise(4, 2).vectorwise
-    True
-    """
-
-    _fixed_vectorwise = True
-    _fixed_mem_efficient = False
-
-
-class SwitchBackLinearVectorwiseMemEfficient(SwitchBackLinear):
-    """`SwitchBackLinearVectorwise` that keeps the input as int8 codes.
-
-    >>> SwitchBackLinearVectorwiseMemEfficient(4, 2).mem_efficient
-    True
-    """
-
-    _fixed_vectorwise = True
-    _fixed_mem_efficient = True
-
-
-def prepare_for_eval(model: nn.Module, *, keep_weight: bool = True) -> nn.Module:
-    """Call `SwitchBackLinear.prepare_for_eval` of every such layer; returns the model.
-
-    >>> prepare_for_eval(nn.Sequential(SwitchBackLinear(4, 2)))[0].is_prepared
-    True
-    """
-    for layer in model.modules():
-        if isinstance(layer, SwitchBackLinear):
-            layer.prepare_for_eval(keep_weight=keep_weight)
-    return model
-
-
-def unprepare(model: nn.Module) -> nn.Module:
-    """Call `SwitchBackLinear.unprepare` of every such layer; returns the model.
-
-    >>> unprepare(prepare_for_eval(nn.Sequential(SwitchBackLinear(4, 2))))[0].is_prepared
-    False
-    """
-    for layer in model.modules():
-        if isinstance(layer, SwitchBackLinear):
-            layer.unprepare()
-    return model
