@@ -8,11 +8,11 @@ mod skinny_sm90;
 mod wgmma;
 
 use super::blockwise_4bit::{ABSMAX, ABSMAX_RULES, BLOCK_SIZES, CODEBOOKS, codebook_of};
-use super::{bias_number, host_weight, widen, with_float};
+use super::{bias_number, host_weight, is_built, widen, with_float};
 use crate::backend::{Cpu, Cuda, Run};
 use crate::codebook::Codebook4;
 use crate::cpu::{self, Execution};
-use crate::cuda::{Family, Limits, forced_family, images, launch, limits};
+use crate::cuda::{Family, Limits, forced_family, launch, limits};
 use crate::error::Result;
 use crate::op;
 use crate::spec::{FLOAT32, FLOATS, Of, UINT8};
@@ -124,11 +124,6 @@ impl Range {
     fn holds(&self, problem: &Problem, limits: &Limits) -> bool {
         (self.since..=self.until).contains(&limits.capability) && problem.m <= self.most_rows
     }
-}
-
-/// Whether the build holds the image: those that Hopper's own instructions need are left out of other builds.
-fn is_built(image: &str) -> bool {
-    images().iter().any(|held| held.name == image)
 }
 
 impl Problem {

@@ -2,8 +2,10 @@
 //! Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, arXiv:2208.07339, section 2.
 
 mod simt;
+mod skinny_sm90;
+mod sm90;
 
-use super::{address, bias_number, widen, with_float};
+use super::{address, bias_number, is_built, widen, with_float};
 use crate::backend::{Cpu, Cuda, Run};
 use crate::cpu::{self, Codes, Execution, Outliers, Scales};
 use crate::cuda::{Family, Launch, Limits, Params, Symbol, forced_family, launch, limits};
@@ -157,17 +159,25 @@ struct Range {
     until: (i32, i32),
     /// Rows of the input, from this many on.
     least_rows: i64,
+    /// Large tiles occupy at least half of the multiprocessors, or K is too short to be divided among the others.
+    fills: bool,
     family: Family,
 }
 
+const HOPPER: (i32, i32) = (9, 0);
 const ANY_GPU: (i32, i32) = (i32::MAX, 0);
 
 const fn range(since: (i32, i32), until: (i32, i32), least_rows: i64, family: Family) -> Range {
-    Range { since, until, least_rows, family }
+    Range { since, until, least_rows, fills: false, family }
 }
 
 /// The fastest family: the first line that holds and whose kernels can run. `Simt` takes every problem.
-const FASTEST: &[Range] = &[range((0, 0), ANY_GPU, 0, Family::Simt)];
+/// Measured on an H200, in us: 256 rows of 8192 x 8192 `SkinnySm90` 38, 512 rows `Large` 46, of 4096 x 4096 `SkinnySm90` 21.
+const FASTEST: &[Range] = &[
+    Range { fills: true, ..range(HOPPER, HOPPER, 65, Family::Large) },
+    range(HOPPER, HOPPER, 0, Family::SkinnySm90),
+    range((0, 0), ANY_GPU, 0, Family::Simt),
+];
 
 impl Problem {
     /// The one rule: by which family a GPU computes the product. A forced family counts wherever it can run.
@@ -178,14 +188,19 @@ impl Problem {
         let is_fastest = |range: &&Range| {
             (range.since..=range.until).contains(&limits.capability)
                 && self.m >= range.least_rows
+                && (!range.fills || sm90::fills(self, limits))
                 && self.fits(range.family, limits)
         };
         FASTEST.iter().find(is_fastest).map_or(Family::Simt, |range| range.family)
     }
 
     /// Whether the family has a kernel for the problem and the device.
-    fn fits(&self, family: Family, _limits: &Limits) -> bool {
-        family == Family::Simt
+    fn fits(&self, family: Family, limits: &Limits) -> bool {
+        match family {
+            Family::Large => is_built("gemm_int8_sm90") && sm90::fits(self, limits),
+            Family::SkinnySm90 => is_built("gemm_int8_skinny_sm90") && skinny_sm90::fits(self, limits),
+            family => family == Family::Simt,
+        }
     }
 }
 
@@ -239,6 +254,11 @@ impl Product {
         }
     }
 
+    /// From the scale of one row of the weight to the next: 0 where all have the same.
+    fn weight_scale_stride(&self) -> i32 {
+        self.weight_scales.is_some_and(|scales| scales.len() > 1).into()
+    }
+
     fn params(&self) -> GemmInt8Params {
         let Problem { m, n, k, .. } = self.problem();
         GemmInt8Params {
@@ -254,7 +274,7 @@ impl Product {
             m,
             n,
             k,
-            weight_scale_stride: i32::from(self.weight_scales.is_some_and(|scales| scales.len() > 1)),
+            weight_scale_stride: self.weight_scale_stride(),
             bias_dtype: bias_number(self.bias),
         }
     }
@@ -292,6 +312,14 @@ impl Product {
         // SAFETY: as above.
         unsafe {
             match self.problem().fastest(limits, forced_family(op)?) {
+                Family::Large => {
+                    let (plan, params) = sm90::plan(op, self, limits, cuda.weights_are_ready)?;
+                    launch(op, &plan, &params, cuda.stream)
+                }
+                Family::SkinnySm90 => {
+                    let (plan, params) = skinny_sm90::plan(op, self, limits, cuda.weights_are_ready)?;
+                    launch(op, &plan, &params, cuda.stream)
+                }
                 Family::Simt => launch(op, &simt::plan(self), &self.params(), cuda.stream),
                 other => unreachable!("a family that fits, got {other:?}"),
             }
@@ -355,6 +383,8 @@ impl Run<GemmInt8> for Cuda {
         // SAFETY: the caller's promise.
         unsafe { op.product()?.launch("gemm_int8", self) }
     }
+
+    const WEIGHTS: &[&str] = &["weight"];
 }
 
 impl Run<GemmInt8Outliers> for Cuda {
@@ -363,3 +393,6 @@ impl Run<GemmInt8Outliers> for Cuda {
         unsafe { op.product()?.launch("gemm_int8_outliers", self) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ pub mod nested;
 pub mod tensorwise;
 
 use crate::cpu::Float;
-use crate::cuda::{Launch, Symbol};
+use crate::cuda::{Launch, Symbol, images};
 use crate::tensor::{Dtype, Tensor};
 
 /// Most blocks of a grid; kernels walk on from there.
@@ -72,6 +72,11 @@ fn symbol(family: &'static str, dtype: Dtype) -> Symbol {
 /// Address of an optional tensor, null where there is none.
 fn address(tensor: Option<Tensor>) -> *const u8 {
     tensor.map_or(std::ptr::null(), |tensor| tensor.data.cast_const())
+}
+
+/// Whether the build holds the image: those that Hopper's own instructions need are left out of other builds.
+fn is_built(image: &str) -> bool {
+    images().iter().any(|held| held.name == image)
 }
 
 /// Number of the bias' dtype in the kernels' parameters.

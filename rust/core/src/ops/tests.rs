@@ -120,12 +120,32 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
         let long = [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 40_000].map(|k| [2, k]);
         let small = [&short[..], &boxes, &many, &long].concat().into_iter().map(|[m, k]| [m, 104, k]);
         let tall = [1, 5, 9, 17, 33, 65, 129, 300].map(|m| [m, 9000, 64]);
-        let planned = small.chain(tall).chain([[200, 8000, 64]]).map(|sizes| (sizes, None));
-        for (sizes @ [_, rows, k], forced) in planned.chain([([100, 9000, 64], Some(Family::Large))]) {
-            if rows > 104 && name != "gemm_4bit" {
-                continue;
-            }
+        let tall = tall.into_iter().chain([[200, 8000, 64]]).map(|sizes| (sizes, None));
+        let tall = tall.chain([([100, 9000, 64], Some(Family::Large))]);
+        // Tiles of each size and each division of K, and sums beyond 32 bits.
+        let codes = [
+            [1, 4096, 64],
+            [1, 14336, 64],
+            [1, 16384, 64],
+            [64, 4096, 64],
+            [64, 14336, 64],
+            [128, 4096, 2048],
+            [256, 8192, 2048],
+            [300, 8192, 64],
+            [4096, 4096, 64],
+            [1, 104, 131_072],
+        ];
+        let own: Vec<_> = match name {
+            "gemm_4bit" => tall.collect(),
+            _ if name.starts_with("gemm_int8") => codes.into_iter().map(|sizes| (sizes, None)).collect(),
+            _ => Vec::new(),
+        };
+        for (sizes @ [_, _, k], forced) in small.map(|sizes| (sizes, None)).chain(own) {
             for call in calls(op, 100 * k, sizes) {
+                if sizes[2] > 131_071 && call.iter().any(|value| matches!(value, Value::Dtype(Dtype::Int32)))
+                {
+                    continue; // refused
+                }
                 let mut machine = Machine::h200();
                 machine.settings.force_family = forced;
                 let recorder = Recorder::install(machine);
