@@ -1,10 +1,10 @@
-// What the harnesses of gemm_4bit share: random products with float64 results, tensor maps, cuBLAS as a peer.
+// What the harnesses of gemm_4bit share: random products with float64 results, cuBLAS as a peer.
 #pragma once
-#include <cuda.h>
 #include <dlfcn.h>
 #include <random>
 #include "gemm_4bit_skinny.cuh"
 #include "harness.cuh"
+#include "launch.cuh"
 
 // -------------------------------------------------------------------------------------------- reference
 
@@ -190,60 +190,6 @@ template <typename Operands>
 Operands operands_of(const Gemm4bitSkinnyParams& p) {
     return {p.absmax, p.absmax_scale, p.absmax_offset, p.absmax_codebook, p.bias,       p.output, int(p.m),
             int(p.n), int(p.k),       p.block_shift,   p.codebook,        p.bias_dtype, 0};
-}
-
-// ------------------------------------------------------------------------------------------ tensor maps
-
-/// A map whose box rows are swizzled `swizzle_bytes` wide.
-template <typename TensorMap>
-TensorMap encode(const void* data, CUtensorMapDataType type, const std::vector<cuuint64_t>& sizes,
-                 const std::vector<cuuint64_t>& strides, const std::vector<cuuint32_t>& box,
-                 int swizzle_bytes, CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode_tiled = [] {
-        void* f;
-        cudaDriverEntryPointQueryResult found;
-        CHECK(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
-        return Encode(f);
-    }();
-    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    const auto swizzle = swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                         : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                         : swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                               : CU_TENSOR_MAP_SWIZZLE_NONE;
-    CUtensorMap map;
-    if (const CUresult r =
-            encode_tiled(&map, type, cuuint32_t(sizes.size()), const_cast<void*>(data), sizes.data(),
-                         strides.data(), box.data(), ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
-                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
-        std::printf("cuTensorMapEncodeTiled: %d\n", r), std::exit(1);
-    TensorMap v;
-    static_assert(sizeof v == sizeof map);
-    std::memcpy(&v, &map, sizeof v);
-    return v;
-}
-
-// ------------------------------------------------------------------------------------------------ launch
-
-struct LaunchShape {
-    dim3 grid;
-    unsigned threads, shared_bytes, cluster;
-};
-/// In clusters along x; `dependent`: it may begin before the kernels before it have ended.
-template <typename Params>
-void launch_kernel(void (*kernel)(Params), const Params& params, const LaunchShape& shape, bool dependent,
-                   cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid, config.blockDim = shape.threads;
-    config.dynamicSmemBytes = shape.shared_bytes, config.stream = stream;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {shape.cluster, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
-    CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // ------------------------------------------------------------------------------------------------- time

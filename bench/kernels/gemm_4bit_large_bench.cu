@@ -155,53 +155,6 @@ static const Goal kGoals[] = {
     {4096, 28672, 8192, 2739, 2767},
 };
 
-/// Graphs of some calls each, replayed in turn; median microseconds of a call.
-static std::vector<float> interleave(const std::vector<std::function<void(int, cudaStream_t)>>& calls,
-                                     int copies, float us_about) {
-    constexpr int kRounds = 5;
-    constexpr float kRoundUs = 5e3f;
-    cudaStream_t stream;
-    CHECK(cudaStreamCreate(&stream));
-    cudaEvent_t begin, end;
-    CHECK(cudaEventCreate(&begin));
-    CHECK(cudaEventCreate(&end));
-    const int num = std::clamp(int(kRoundUs / us_about), 1, copies),
-              replays = std::max(1, int(kRoundUs / us_about / float(num)));
-    std::vector<cudaGraphExec_t> graphs;
-    for (const auto& call : calls) {
-        cudaGraph_t graph;
-        cudaGraphExec_t exec;
-        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        for (int i = 0; i < num; ++i) call(i, stream);
-        CHECK(cudaStreamEndCapture(stream, &graph));
-        CHECK(cudaGraphInstantiate(&exec, graph, 0));
-        CHECK(cudaGraphDestroy(graph));
-        graphs.push_back(exec);
-    }
-    std::vector<std::vector<float>> us(calls.size());
-    for (int round = -1; round < kRounds; ++round) {
-        for (size_t c = 0; c < graphs.size(); ++c) {
-            CHECK(cudaEventRecord(begin, stream));
-            for (int i = 0; i < replays; ++i) CHECK(cudaGraphLaunch(graphs[c], stream));
-            CHECK(cudaEventRecord(end, stream));
-            CHECK(cudaEventSynchronize(end));
-            float ms;
-            CHECK(cudaEventElapsedTime(&ms, begin, end));
-            if (round >= 0) us[c].push_back(ms * 1e3f / float(replays * num));
-        }
-    }
-    std::vector<float> medians;
-    for (size_t c = 0; c < graphs.size(); ++c) {
-        std::sort(us[c].begin(), us[c].end());
-        medians.push_back(us[c][kRounds / 2]);
-        CHECK(cudaGraphExecDestroy(graphs[c]));
-    }
-    CHECK(cudaEventDestroy(begin));
-    CHECK(cudaEventDestroy(end));
-    CHECK(cudaStreamDestroy(stream));
-    return medians;
-}
-
 static void time_all(int only_m, int only_n, int only_k) {
     constexpr int64_t kPackedBytes = 360ll << 20, kMaxOut = 4096ll * 28672, kMaxWeight = 28672ll * 8192;
     const Buffer<uint8_t> packed(kPackedBytes);
