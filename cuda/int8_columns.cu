@@ -7,7 +7,7 @@
 //   clear_maxima                               256  4096 words            ceil_div(max(rows, columns), 4096)
 //   find_column_maxima_T                       256  256 rows x 1 span     ceil_div(rows, 256) * spans
 //   find_row_and_column_maxima_T               256  256 rows x 1 span     ceil_div(rows, 256) * spans
-//   quantize_columnwise_T                      256  32 rows x 1 span      ceil_div(rows, 32) * spans
+//   quantize_columnwise_T                      256  64 rows x 1 span      ceil_div(rows, 64) * spans
 //   quantize_global_T                          256  1024 vectors          ceil_div(n, elements of 1024 vectors)
 //   quantize_columnwise_and_transpose_T        256  128 rows x 64 columns ceil_div(rows, 128) * ceil_div(columns, 64)
 //   quantize_global_transpose_T                256  the same
@@ -133,11 +133,11 @@ __device__ __forceinline__ void find_maxima(const QuantizeInt8Params& p) {
         find_maxima_of<T, kRows, false>(p);
 }
 
-/// Codes by the scales of columns: 32 rows of one span, four rows to a warp, from the end of the tensor, where the
+/// Codes by the scales of columns: 64 rows of one span, eight rows to a warp, from the end of the tensor, where the
 /// search for maxima has left it in L2.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void quantize_columnwise_part(const QuantizeInt8Params& p) {
-    constexpr int kVector = kPerVector<T>, kSpan = 32 * kVector, kRows = 4;
+    constexpr int kVector = kPerVector<T>, kSpan = 32 * kVector, kRows = 8;
     const int64_t spans = (p.columns + kSpan - 1) / kSpan;
     const int64_t index = int64_t(gridDim.x) - 1 - blockIdx.x, block = index / spans;
     const int64_t first_row = (block * 8 + warp_in_cta()) * kRows;
@@ -190,45 +190,37 @@ __device__ __forceinline__ void quantize_columnwise(const QuantizeInt8Params& p)
         quantize_columnwise_part<T, false>(p);
 }
 
-/// Codes by one scale, 1024 vectors of the flat tensor, from its end.
-template <typename T, bool kAligned>
-__device__ __forceinline__ void quantize_global_part(const QuantizeInt8Params& p, uint32_t* shared) {
+/// Codes by one scale, 1024 vectors of the flat tensor from `first` on. kFull promises alignment and that all are there.
+template <typename T, bool kFull>
+__device__ __forceinline__ void quantize_global_part(const QuantizeInt8Params& p, int64_t first, int64_t n,
+                                                     uint32_t* shared) {
     constexpr int kVector = kPerVector<T>, kVectors = 4;
-    const int64_t n = p.rows * p.columns;
-    const int64_t first = (int64_t(gridDim.x) - 1 - blockIdx.x) * (kVectors * 256 * kVector);
     const auto place = [&](int v) { return first + (v * 256 + int(threadIdx.x)) * kVector; };
-    const auto is_full = [&](int v) { return kAligned && place(v) + kVector <= n; };
     uint4 raw[kVectors];
     #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        raw[v] = make_uint4(0, 0, 0, 0);
-        if (is_full(v))
-            raw[v] = load_vector<true>(static_cast<const T*>(p.input), place(v), n);
-        else if (place(v) < n)
-            raw[v] = load_vector<false>(static_cast<const T*>(p.input), place(v), n);
-    }
+    for (int v = 0; v < kVectors; ++v)
+        raw[v] = load_vector<kFull>(static_cast<const T*>(p.input), place(v), n);
     const Scale scale = scale_of<127>(max_of_partials<256>(p.partial_absmax, p.num_partials, shared));
     if (blockIdx.x == 0 && threadIdx.x == 0) *p.column_scales = scale.absmax;
     #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
         uint32_t word[kVector / 4];
         quantize_vector<T>(raw[v], scale.inverse, word);
-        uint8_t* const codes = reinterpret_cast<uint8_t*>(p.codes) + place(v);
-        if (is_full(v))
-            store_codes<true, kVector>(codes, n - place(v), word);
-        else if (place(v) < n)
-            store_codes<false, kVector>(codes, n - place(v), word);
+        store_codes<kFull, kVector>(reinterpret_cast<uint8_t*>(p.codes) + place(v), n - place(v), word);
     }
 }
 
+/// From the end of the tensor, where the search for the maximum has left it in L2.
 template <typename T>
 __device__ __forceinline__ void quantize_global(const QuantizeInt8Params& p) {
     wait_for_earlier_kernels();
     __shared__ uint32_t shared[8];
-    if (vectors_are_aligned<T>(p.input, p.codes, 0))
-        quantize_global_part<T, true>(p, shared);
+    constexpr int kElements = 1024 * kPerVector<T>;
+    const int64_t n = p.rows * p.columns, first = (int64_t(gridDim.x) - 1 - blockIdx.x) * kElements;
+    if (vectors_are_aligned<T>(p.input, p.codes, 0) && first + kElements <= n)
+        quantize_global_part<T, true>(p, first, n, shared);
     else
-        quantize_global_part<T, false>(p, shared);
+        quantize_global_part<T, false>(p, first, n, shared);
 }
 
 /// What the threads of a CTA share while they transpose a tile. Words are four codes of a column; the sixteen-byte chunks

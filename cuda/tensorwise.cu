@@ -61,6 +61,7 @@ __device__ __forceinline__ void for_each_tile(const void* data, const uint8_t* c
 
 template <typename T>
 __device__ __forceinline__ void partial_absmax(const AbsmaxParams& p) {
+    wait_for_earlier_kernels();
     __shared__ uint32_t warp_max[kWarps];
     uint32_t m = 0;
     for_each_tile<T>(p.input, nullptr, p.n, [&](const WarpTile<T>& tile, int64_t, bool) {

@@ -131,7 +131,7 @@ class Int8Kernels:
         grid = ceil_div(rows, 256) * spans
         self._launch("int8_columns", f"{search}_{dtype}", params, grid, 256, [x])
         is_plain = op == "quantize_columnwise"
-        grid = ceil_div(rows, 32) * spans if is_plain else ceil_div(rows, 128) * ceil_div(columns, 64)
+        grid = ceil_div(rows, 64) * spans if is_plain else ceil_div(rows, 128) * ceil_div(columns, 64)
         outputs = [array for array in (codes, transposed) if array is not None]
         self._launch("int8_columns", f"{op}_{dtype}", params, grid, 256, [x], outputs)
 
@@ -151,7 +151,9 @@ class Int8Kernels:
         num_partials = min(max(ceil_div(x.size, per_cta), 1), 512)
         partials = np.empty(num_partials, np.uint32)
         absmax = Absmax(address(x), address(partials), x.size)
-        self._emulator.launch(Launch("tensorwise", f"quantize_absmax_of_{dtype}", num_partials, 256), absmax)
+        self._emulator.launch(
+            Launch("tensorwise", f"quantize_absmax_of_{dtype}", num_partials, inputs=[x]), absmax
+        )
         params = Quantize(
             address(x),
             address(codes),

@@ -175,7 +175,7 @@ class Kernels:
         )
         if absmax is not None:
             absmax_params = Absmax(address(x), address(partials), x.size)
-            self._launch("tensorwise", f"quantize_absmax_of_{dtype}", absmax_params, num_partials)
+            self._launch("tensorwise", f"quantize_absmax_of_{dtype}", absmax_params, num_partials, reads=[x])
         grid = min(self._grid(x.size, 8192, dtype), 4 * NUM_SMS)
         self._launch("tensorwise", f"quantize_{dtype}", params, grid)
 

@@ -155,7 +155,7 @@ fn num_blocks(dtype: Dtype, n: i64, most: u64) -> u64 {
 /// Leaves the maxima of at most `most` thread blocks.
 pub(super) fn plan_absmax(dtype: Dtype, n: i64, most: u64) -> Launch {
     let grid = num_blocks(dtype, n, most);
-    Launch::new(symbol("quantize_absmax_of", dtype), grid, THREADS)
+    Launch { waits: true, ..Launch::new(symbol("quantize_absmax_of", dtype), grid, THREADS) }
 }
 
 /// Four thread blocks fill a multiprocessor; each builds its table of codes once and walks on.

@@ -138,7 +138,7 @@ impl Run<QuantizeColumnwise> for Cuda {
         let params =
             QuantizeInt8Params { codes: op.values.data, ..QuantizeInt8Params::new(&op.input, &op.scales) };
         // SAFETY: the caller's promise: checked lengths and dtypes, live memory of the stream's device.
-        unsafe { params.by_columns("quantize_columnwise", op.input.dtype, Cover::Span(32), self.stream) }
+        unsafe { params.by_columns("quantize_columnwise", op.input.dtype, Cover::Span(64), self.stream) }
     }
 }
 
@@ -213,7 +213,7 @@ mod tests {
         let params = QuantizeInt8Params::new(&tensor(&[300, 1000]), &tensor(&[1000]));
         let plan = |cover| params.plan("quantize", Dtype::Float16, cover).to_string();
         assert_eq!(plan(Cover::Span(256)), "quantize_float16<<<8, 256, 0>>>");
-        assert_eq!(plan(Cover::Span(32)), "quantize_float16<<<40, 256, 0>>>");
+        assert_eq!(plan(Cover::Span(64)), "quantize_float16<<<20, 256, 0>>>");
         assert_eq!(plan(Cover::Tile), "quantize_float16<<<48, 256, 0>>>");
         assert_eq!(plan(Cover::Flat), "quantize_float16<<<37, 256, 0>>>");
         assert_eq!(params.plan_clear().to_string(), "clear_maxima<<<1, 256, 0>>>");
