@@ -1,7 +1,7 @@
 """LLM.int8() on the real MiniLM, with and without planted outlier features: why there is a threshold.
 
-Large language models have a few hidden features that are 20 times as large as the others; a model of this
-size has not. They are planted: what enters attention and feed-forward is multiplied by a factor in some
+Large language models have a few hidden features that are up to 60 times as large as the others; a model of
+this size has not. They are planted: what enters attention and feed-forward is multiplied by a factor in some
 columns, and the weights' columns are divided by it, which changes nothing in float32. Sentences are encoded
 in float32 and in int8 at thresholds 0 and 6, and the cosines of the embeddings with float32's are printed.
 
@@ -21,7 +21,7 @@ from qbits import quantize_
 from qbits.demo import find_model, paragraphs
 from torch import nn
 
-NUM_FEATURES, FACTOR = 6, 24.0  # planted: columns, and how much larger each becomes
+NUM_FEATURES, FACTOR = 6, 60.0  # planted: columns, and how much larger each becomes
 BATCH = 16
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         for scheme in ("int8", "llm-int8"):
             found[title, scheme] = cosine_of(which, scheme, tokenizer, sentences, due)
             print(f"{scheme:>9}, {title:8}: cosine {found[title, scheme]:.4f}")
-    if not (found["planted", "llm-int8"] > 0.99 > found["planted", "int8"] and same > 0.9999):
+    if not (found["planted", "llm-int8"] > 0.99 > 0.98 > found["planted", "int8"] and same > 0.9999):
         raise SystemExit("llm_int8_minilm: the threshold must repair what planted outliers break")
 
 

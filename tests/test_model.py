@@ -10,6 +10,7 @@ import qbits
 import torch
 from memory import needs_linux, peak_bytes
 from qbits import functional, ops
+from qbits.compat import bitsandbytes as bnb
 from qbits.errors import QbitsWarning
 from qbits.nn import Linear4bit, Linear8bit, QuantizedLinear
 from qbits.schemes import FP4, NF4, Int8
@@ -101,6 +102,27 @@ def test_quantize_to_int8_keeps_the_rows_of_each_weight_and_the_threshold(device
     qbits.dequantize_(model)
     assert all(torch.equal(model.get_submodule(name).weight, w) for name, w in decoded.items())
     assert vars(model.blocks[0].up).keys() == vars(nn.Linear(1, 1)).keys()
+
+
+def test_int8_layers_share_codes_and_scales_where_they_shared_a_weight():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[2].weight = model[0].weight
+    qbits.quantize_(model, "llm-int8", progress=False)
+    assert model[2].weight is model[0].weight and model[2].weight_scale is model[0].weight_scale
+    assert model[2].bias is not model[0].bias and model[2].threshold == 6.0
+    qbits.dequantize_(model)
+    assert model[2].weight is model[0].weight
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False), lambda: bnb.nn.LinearNF4(64, 64)]
+)
+def test_dequantize_leaves_nothing_of_a_compat_layer(make):
+    model = nn.Sequential(make().to("cpu"))
+    decoded = model[0].dequantize()
+    qbits.dequantize_(model)
+    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, decoded)
+    assert vars(model[0]).keys() == vars(nn.Linear(1, 1)).keys()
 
 
 def test_quantize_leaves_a_trainable_int8_layer_alone():

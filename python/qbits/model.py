@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -113,7 +113,7 @@ def _carry_over(old: nn.Linear, new: nn.Linear) -> None:
             bias.data = bias.data.to(converted.device, converted.dtype)
     new._parameters["bias"] = bias
     new.training = old.training
-    own = {key for cls in (*LAYER_CLASSES, SwitchBackLinear) for key in vars(cls(1, 1, device="meta"))}
+    own = {key for cls in {*LAYER_CLASSES, SwitchBackLinear, type(old)} for key in _own_attributes(cls)}
     for key, value in vars(old).items():
         if "hook" not in key:
             if key not in own and not hasattr(new, key):
@@ -123,6 +123,12 @@ def _carry_over(old: nn.Linear, new: nn.Linear) -> None:
         else:
             # The same dict object: a handle that the user holds still removes its hook.
             new.__dict__[key] = value
+
+
+def _own_attributes(cls: type[nn.Module]) -> Iterable[str]:
+    """Names of what a quantized layer's class sets itself."""
+    is_ours = issubclass(cls, QuantizedLinear | SwitchBackLinear)
+    return vars(cls(1, 1, device="meta")) if is_ours else ()
 
 
 def selector(

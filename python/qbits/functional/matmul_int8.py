@@ -17,6 +17,9 @@ from qbits.schemes import check_threshold
 __all__ = ["matmul_int8", "multiply_int8"]
 
 _GRAD_WEIGHTS = ("int8", "16bit")
+# bound here: a forward asks both, and every dot on the way takes time
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def matmul_int8(
@@ -92,20 +95,23 @@ def multiply_int8(
     The columns of ``pool``, a `qbits.nn.OutlierPool`, are outliers, too, and it takes up those of this call.
     ``quantized`` are the row codes and scales of a float weight, where they are known.
     """
+    shape = input.shape
     if weight.dim() != 2:
         raise ShapeError(f"qbits::matmul_int8: weight must have 2 dimensions, got shape {list(weight.shape)}")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        rule = f"input must have shape [*, {weight.shape[1]}], got {list(input.shape)}"
+    if not shape or shape[-1] != weight.shape[1]:
+        rule = f"input must have shape [*, {weight.shape[1]}], got {list(shape)}"
         raise ShapeError(f"qbits::matmul_int8: {rule}")
-    dtype = compute_dtype(input)
-    rows = (input if input.dtype == dtype else input.to(dtype)).contiguous()
+    rows = input
+    if _is_any_autocast_enabled():
+        rows = rows.to(compute_dtype(input))
+    rows = rows.contiguous()
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     trains = weight_scales is None
-    recorded = torch.is_grad_enabled() and (
+    recorded = _is_grad_enabled() and (
         rows.requires_grad or (trains and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
-    pooled = None if pool is None or threshold == 0 else pool.mask(rows.shape[-1], rows.device)
+    pooled = None if pool is None or threshold == 0 else pool.mask(shape[-1], rows.device)
     result: Any
     if weight_scales is not None:
         product = MatmulInt8Frozen.apply if recorded else frozen_product

@@ -146,8 +146,11 @@ class Linear8bit(QuantizedLinear):
     def _multiply(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output, and with a threshold the mask [K] of the outlier columns."""
         weight, scales = self._weight_and_scales()
+        parameters = self._parameters
+        # through nn.Module.__getattr__ only where it is no parameter: that takes as long as a launch's checks
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         threshold, pool = self.scheme.threshold, self.outlier_pool
-        return functional.multiply_int8(input, weight, scales, self.bias, threshold, pool=pool)
+        return functional.multiply_int8(input, weight, scales, bias, threshold, pool=pool)
 
     def _weight_and_scales(self) -> tuple[Any, Any]:
         """Return the codes and their scales, or the float weight of a trainable layer and None."""

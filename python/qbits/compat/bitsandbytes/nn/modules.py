@@ -73,6 +73,7 @@ class Linear4bit(MovingWeight, modern.Linear4bit):
     def _construct(self, *arguments: Any, **options: Any) -> None:
         super()._construct(*arguments, **options)
         scheme = self.scheme
+        self._stripped_state = None
         self.quant_storage = torch.uint8
         self.compute_type_is_set = self.compute_dtype is not None
         self.weight = Params4bit(
