@@ -287,7 +287,7 @@ static Row row_of(Arena& arena, const Goal& g, int copies, bool rasters) {
     for (const Tiles& v : kTiles) {
         if (g.m <= 64 || (v.tokens == 128 && g.m > 4096)) continue;
         for (int raster : {8, 4, 16}) {
-            if (raster != 8 && (!rasters || raster / 2 > ceil_div(g.m, v.tokens))) continue;
+            if (raster != 8 && !(rasters && v.is_planned)) continue;
             std::vector<TileLaunch> launches;
             for (int i = 0; i < copies; ++i)
                 launches.emplace_back(v, kBfloat16, operands(i), input(i), weight(i), raster);
