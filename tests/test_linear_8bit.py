@@ -292,6 +292,19 @@ def test_pool_joins_the_columns_of_layers_of_one_width(device):
     assert pool.get_current_outlier_idx().tolist() == [] and torch.equal(second(x), alone)
 
 
+def test_pool_fills_in_a_compiled_layer_too(device):
+    torch._dynamo.reset()
+    layer = Linear8bit.from_linear(nn.Linear(64, 8, device=device), "llm-int8")
+    layer.outlier_pool = OutlierPool()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64, device=device).clamp(-5, 5)
+    with torch.no_grad():
+        compiled(inputs_with_outliers(3, 64, device=device))
+        got = compiled(x)
+        assert layer.outlier_pool.get_current_outlier_idx().tolist() == [32]
+        assert torch.equal(got, layer(x))
+
+
 def test_pool_takes_indices_and_sorts_them():
     pool = OutlierPool()
     pool.add_outliers(torch.tensor([9, 1]), 16)
