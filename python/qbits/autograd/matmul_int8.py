@@ -11,6 +11,7 @@ import torch
 
 from qbits import ops
 from qbits.autograd.rules import (
+    add_outlier_columns,
     as_matrix,
     as_output,
     bias_gradient,
@@ -55,9 +56,7 @@ def training_product(
     dtype = input.dtype if mask is None else torch.float32
     output = ops.gemm_int8(codes, weight_codes, dtype, scales, weight_scales, None, bias)
     if mask is not None:
-        outliers = torch.where(mask, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-        output = output + dense_product(outliers, weight.to(rows.dtype).t(), torch.float32)
-        output = output.to(rows.dtype)
+        output = add_outlier_columns(output, rows, mask, weight)
     return as_output(output, input), mask
 
 

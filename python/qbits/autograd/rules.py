@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "add_outlier_columns",
     "as_matrix",
     "as_output",
     "bias_gradient",
@@ -57,6 +58,19 @@ def dense_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch
         else:
             product = a.float() @ b.float()
         return product.to(dtype)
+
+
+def add_outlier_columns(
+    output: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return ``output + rows[:, mask] @ weight[:, mask].T``, summed in float32, in the dtype of ``rows``.
+
+    All columns are multiplied, zeros in place of the others: only the device knows how many are outliers.
+
+    Shapes: output float32 [M, N]; rows [M, K]; mask bool [K]; weight [N, K].
+    """
+    outliers = torch.where(mask, rows, rows.new_zeros(()))
+    return (output + dense_product(outliers, weight.to(rows.dtype).t(), torch.float32)).to(rows.dtype)
 
 
 def bias_gradient(grad_output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from qbits import ops
 from qbits.autograd.rules import (
+    add_outlier_columns,
     as_matrix,
     as_output,
     bias_gradient,
@@ -104,14 +105,15 @@ def multiply_quantized(
         operands = (codes, code_scales, quantized.codes, quantized.scales, vectorwise, bias)
         return _gemm_int8(*operands, dtype), codes, code_scales
     codes, code_scales, mask = ops.quantize_rowwise_outliers(rows, threshold)
-    if weight is None:  # only the codes are left of it
-        weight = decode_weight(quantized, vectorwise, dtype)
+    if weight is None and vectorwise:
+        output = ops.gemm_int8_outliers(
+            codes, code_scales, rows, mask, quantized.codes, quantized.scales, bias
+        )
+        return output, codes, code_scales
+    weight = decode_weight(quantized, vectorwise, dtype) if weight is None else weight
     operands = (codes, code_scales, quantized.codes, quantized.scales, vectorwise, bias)
-    output = _gemm_int8(*operands, torch.float32)
-    # all columns, zeros in place of the quantized ones: only the device knows how many are outliers
-    outliers = torch.where(mask, rows, rows.new_zeros(()))
-    output += dense_product(outliers, weight.to(dtype).t(), torch.float32)
-    return output.to(dtype), codes, code_scales
+    int8_part = _gemm_int8(*operands, torch.float32)
+    return add_outlier_columns(int8_part, rows, mask, weight), codes, code_scales
 
 
 def _forward(
