@@ -16,6 +16,8 @@ use super::{int8_avx2, int8_avx512};
 pub(super) const RECIPROCAL_OF_127: f32 = f32::from_bits(0x3c01_0204);
 /// Elements that are worked on at once where rows do not matter.
 const FLAT_ROW: usize = 4096;
+/// Elements that are searched for outliers one by one where there is one among them.
+const PIECE: usize = 64;
 /// Rows and columns of a tile that is transposed: 4 KB of codes.
 const TILE: usize = 64;
 
@@ -93,13 +95,20 @@ pub fn quantize_rowwise_outliers<T: Float>(
         if bits < threshold.to_bits() {
             return quantize_row(row, bits, codes, execution.isa);
         }
-        // A NaN is no outlier.
-        let is_outlier = |x: &T| x.to_f32().abs() >= threshold;
-        let kept: Vec<T> = row.iter().map(|x| if is_outlier(x) { T::default() } else { *x }).collect();
-        let mut mask = shared_mask.lock().unwrap_or_else(PoisonError::into_inner);
-        for (mark, x) in mask.iter_mut().zip(row) {
-            *mark |= u8::from(is_outlier(x));
+        let (mut kept, mut outliers) = (row.to_vec(), Vec::new());
+        for (piece, first) in kept.chunks_mut(PIECE).zip((0..).step_by(PIECE)) {
+            if max_abs_bits(piece, execution.isa) < threshold.to_bits() {
+                continue;
+            }
+            for (i, x) in piece.iter_mut().enumerate() {
+                if x.to_f32().abs() >= threshold {
+                    *x = T::default(); // a NaN is no outlier
+                    outliers.push(first + i);
+                }
+            }
         }
+        let mut mask = shared_mask.lock().unwrap_or_else(PoisonError::into_inner);
+        outliers.into_iter().for_each(|column| mask[column] = 1);
         drop(mask);
         quantize_row(&kept, max_abs_bits(&kept, execution.isa), codes, execution.isa)
     });
