@@ -1,16 +1,20 @@
 //! Exact products of 8-bit integer matrices, with scales and bias in float32 and one rounding.
 //! Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, arXiv:2208.07339, section 2.
 
+use std::ops::Range;
+
 use super::Execution;
 use super::float::Float;
-use super::threads::{FloatEnvironment, for_each, part_len};
+use super::gemm_int8_panels::{Sums, multiply};
+use super::isa::{Isa, Level};
+use super::threads::FloatEnvironment;
+#[cfg(target_arch = "x86_64")]
+use super::{gemm_int8_avx2 as avx2, gemm_int8_avx512 as avx512};
 
 /// RN(1 / 127^2): what turns a product of codes into one of fractions of both scales.
 const INVERSE_127_SQUARED: f32 = f32::from_bits(0x3882_0610);
 /// RN(1 / 127).
 const INVERSE_127: f32 = f32::from_bits(0x3c01_0204);
-/// Codes whose products fit into 32 bits: 2^14 * 2^16 < 2^31.
-const RUN: usize = 1 << 16;
 
 /// The operands: `input` [M, K] and `weight` [N, K] of codes.
 #[derive(Clone, Copy, Debug)]
@@ -47,51 +51,98 @@ pub struct Outliers<'a, T> {
     pub mask: &'a [u8],
 }
 
-impl Codes<'_> {
-    fn check(&self) {
-        assert_eq!(self.input.len(), self.rows * self.depth, "an input [M, K]");
-        assert_eq!(self.weight.len(), self.columns * self.depth, "a weight [N, K]");
-    }
-
-    /// The sum at a place of the output.
-    fn sum(&self, m: usize, n: usize) -> i64 {
-        let input = &self.input[m * self.depth..][..self.depth];
-        let weight = &self.weight[n * self.depth..][..self.depth];
-        let runs = input.chunks(RUN).zip(weight.chunks(RUN));
-        runs.map(|(input, weight)| i64::from(dot(input, weight))).sum()
-    }
+/// What the rows of one panel share, in lines of sixteen columns: scales, bias, and the weights of the outliers.
+struct Panel {
+    columns: Range<usize>,
+    scales: Vec<[f32; 16]>,
+    bias: Vec<[f32; 16]>,
+    /// [outliers][lines]
+    outliers: Vec<[f32; 16]>,
 }
 
-fn dot(a: &[i8], b: &[i8]) -> i32 {
-    a.iter().zip(b).map(|(a, b)| i32::from(*a) * i32::from(*b)).sum()
+/// One row of a panel on its way to the output.
+pub(super) struct Row<'a> {
+    sums: Sums<'a>,
+    factor: f32,
+    panel: &'a Panel,
+    /// [outliers]
+    outliers: &'a [f32],
 }
 
-impl Scales<'_> {
-    fn row_factor(&self, m: usize) -> f32 {
-        self.input.map_or(1.0, |scales| scales[m] * INVERSE_127_SQUARED)
-    }
-
-    fn weight_scale(&self, n: usize) -> f32 {
-        self.weight.map_or(1.0, |scales| if scales.len() == 1 { scales[0] } else { scales[n] })
-    }
-
-    fn apply(&self, sum: i64, row_factor: f32, n: usize) -> f32 {
-        (sum as f32 * row_factor).mul_add(self.weight_scale(n), self.bias.map_or(0.0, |bias| bias[n]))
-    }
-}
-
-/// `output` [M, N] = the scaled sums, rounded once.
-///
-/// # Panics
-/// Where lengths do not fit.
-pub fn gemm_int8<T: Float>(codes: Codes<'_>, scales: Scales<'_>, output: &mut [T], execution: Execution) {
-    let _ieee = FloatEnvironment::ieee();
-    for_each_row(codes, output, execution, |m, output| {
-        let factor = scales.row_factor(m);
-        for (n, output) in output.iter_mut().enumerate() {
-            *output = T::from_f32(scales.apply(codes.sum(m, n), factor, n));
+impl Row<'_> {
+    /// Scales sixteen sums at a time and hands them to `store`. Inlined into functions that have the CPU's vectors.
+    #[inline(always)]
+    pub(super) fn finish<T: Float>(&self, output: &mut [T], store: impl Fn(&mut [T; 16], &[f32; 16])) {
+        let num_lines = self.panel.scales.len();
+        for (i, output) in output.chunks_mut(16).enumerate() {
+            let mut values = match self.sums {
+                Sums::Narrow(sums) => sums.as_chunks::<16>().0[i].map(|sum| sum as f32),
+                Sums::Wide(sums) => sums.as_chunks::<16>().0[i].map(|sum| sum as f32),
+            };
+            let (scales, bias) = (&self.panel.scales[i], &self.panel.bias[i]);
+            for j in 0..16 {
+                values[j] = (values[j] * self.factor).mul_add(scales[j], bias[j]);
+            }
+            if !self.outliers.is_empty() {
+                let mut sums = [0.0f32; 16];
+                for (x, weights) in self.outliers.iter().zip(self.panel.outliers.chunks(num_lines)) {
+                    for j in 0..16 {
+                        sums[j] = x.mul_add(weights[i][j], sums[j]);
+                    }
+                }
+                for j in 0..16 {
+                    values[j] += sums[j];
+                }
+            }
+            match output.try_into() {
+                Ok(output) => store(output, &values),
+                Err(_) => output.iter_mut().zip(values).for_each(|(to, value)| *to = T::from_f32(value)),
+            }
         }
-    });
+    }
+}
+
+fn finish<T: Float>(row: Row<'_>, output: &mut [T], isa: Isa) {
+    match isa.level() {
+        // SAFETY: an `Isa` of this level exists only where the CPU has the features.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::finish(row, output) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::finish(row, output) },
+        Level::Scalar => row.finish(output, |output, values| {
+            output.iter_mut().zip(values).for_each(|(to, value)| *to = T::from_f32(*value));
+        }),
+    }
+}
+
+/// An output [M, N] that threads fill panel by panel.
+struct Output<T> {
+    data: *mut T,
+    columns: usize,
+}
+
+// SAFETY: threads write disjoint columns, as `row` demands of its callers.
+unsafe impl<T: Send> Sync for Output<T> {}
+
+impl<T> Output<T> {
+    fn new(output: &mut [T], codes: &Codes<'_>) -> Self {
+        assert_eq!(codes.input.len(), codes.rows * codes.depth, "an input [M, K]");
+        assert_eq!(codes.weight.len(), codes.columns * codes.depth, "a weight [N, K]");
+        assert_eq!(output.len(), codes.rows * codes.columns, "an output [M, N]");
+        Self { data: output.as_mut_ptr(), columns: codes.columns }
+    }
+
+    /// # Safety
+    /// Row and columns lie within the output, which is borrowed for so long, and nobody else has these columns.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn row(&self, m: usize, columns: &Range<usize>) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let first = self.data.add(m * self.columns + columns.start);
+            std::slice::from_raw_parts_mut(first, columns.len())
+        }
+    }
 }
 
 /// `output` [M, N] = the sums. K is at most 131071, so that they fit.
@@ -99,11 +150,26 @@ pub fn gemm_int8<T: Float>(codes: Codes<'_>, scales: Scales<'_>, output: &mut [T
 /// # Panics
 /// Where lengths do not fit.
 pub fn gemm_int8_raw(codes: Codes<'_>, output: &mut [i32], execution: Execution) {
-    for_each_row(codes, output, execution, |m, output| {
-        for (n, output) in output.iter_mut().enumerate() {
-            *output = codes.sum(m, n) as i32;
+    let shared = Output::new(output, &codes);
+    if codes.depth == 0 {
+        return output.fill(0);
+    }
+    multiply(&codes, execution, std::convert::identity, |columns, m, sums| {
+        // SAFETY: a panel of the weight is one thread's, and its rows are columns of the output.
+        let output = unsafe { shared.row(m, columns) };
+        match sums {
+            Sums::Narrow(sums) => output.copy_from_slice(&sums[..output.len()]),
+            Sums::Wide(sums) => output.iter_mut().zip(sums).for_each(|(to, sum)| *to = *sum as i32),
         }
     });
+}
+
+/// `output` [M, N] = the scaled sums, rounded once.
+///
+/// # Panics
+/// Where lengths do not fit.
+pub fn gemm_int8<T: Float>(codes: Codes<'_>, scales: Scales<'_>, output: &mut [T], execution: Execution) {
+    scaled_product(codes, scales, None, output, execution);
 }
 
 /// `output` [M, N] = the scaled sums and those of the outliers, added in float32 and rounded once.
@@ -117,47 +183,74 @@ pub fn gemm_int8_outliers<T: Float>(
     output: &mut [T],
     execution: Execution,
 ) {
-    assert_eq!(outliers.mask.len(), codes.depth, "a mask [K]");
-    assert_eq!(outliers.input.len(), codes.input.len(), "an unquantized input [M, K]");
-    let _ieee = FloatEnvironment::ieee();
-    let listed: Vec<usize> = (0..codes.depth).filter(|k| outliers.mask[*k] != 0).collect();
-    // [N, number of outliers]: what those columns of the weight stand for, in the dtype of the input
-    let mut weight = Vec::with_capacity(codes.columns * listed.len());
-    for n in 0..codes.columns {
-        let row = &codes.weight[n * codes.depth..][..codes.depth];
-        let scale = scales.weight_scale(n);
-        weight.extend(listed.iter().map(|k| T::from_f32(f32::from(row[*k]) * scale * INVERSE_127).to_f32()));
-    }
-    for_each_row(codes, output, execution, |m, output| {
-        let factor = scales.row_factor(m);
-        let row = &outliers.input[m * codes.depth..][..codes.depth];
-        let input: Vec<f32> = listed.iter().map(|k| row[*k].to_f32()).collect();
-        for (n, output) in output.iter_mut().enumerate() {
-            let weight = &weight[n * listed.len()..][..listed.len()];
-            let sum = input.iter().zip(weight).fold(0.0, |sum: f32, (x, w)| x.mul_add(*w, sum));
-            *output = T::from_f32(scales.apply(codes.sum(m, n), factor, n) + sum);
-        }
-    });
+    scaled_product(codes, scales, Some(outliers), output, execution);
 }
 
-/// Calls `work` for each row of the output [M, N].
-fn for_each_row<T: Send>(
+fn scaled_product<T: Float>(
     codes: Codes<'_>,
+    scales: Scales<'_>,
+    outliers: Option<Outliers<'_, T>>,
     output: &mut [T],
     execution: Execution,
-    work: impl Fn(usize, &mut [T]) + Sync,
 ) {
-    codes.check();
-    assert_eq!(output.len(), codes.rows * codes.columns, "an output [M, N]");
+    let _ieee = FloatEnvironment::ieee();
+    let shared = Output::new(output, &codes);
     if output.is_empty() {
         return;
     }
-    let products = codes.columns * codes.depth.max(1);
-    let rows_in_part = part_len(codes.rows * products, products, execution.threads) / products;
-    let parts = output.chunks_mut(rows_in_part * codes.columns).enumerate();
-    for_each(execution.threads, parts, |(i, output)| {
-        for (j, output) in output.chunks_mut(codes.columns).enumerate() {
-            work(i * rows_in_part + j, output);
-        }
-    });
+    let (listed, wide) = outliers.map_or_else(Default::default, |outliers| gather(&codes, outliers));
+    let panel = |columns: Range<usize>| Panel::new::<T>(&codes, &scales, &listed, columns);
+    let row = |panel: &Panel, m: usize, sums: Sums<'_>| {
+        let factor = scales.input.map_or(1.0, |scales| scales[m] * INVERSE_127_SQUARED);
+        let outliers = &wide[m * listed.len()..][..listed.len()];
+        // SAFETY: a panel of the weight is one thread's, and its rows are columns of the output.
+        let output = unsafe { shared.row(m, &panel.columns) };
+        finish(Row { sums, factor, panel, outliers }, output, execution.isa);
+    };
+    if codes.depth > 0 {
+        return multiply(&codes, execution, panel, row);
+    }
+    let (panel, zeros) = (panel(0..codes.columns), vec![0; codes.columns.next_multiple_of(16)]);
+    (0..codes.rows).for_each(|m| row(&panel, m, Sums::Narrow(&zeros)));
+}
+
+/// The columns of the mask, ascending, and the input there [M, columns] in float32.
+fn gather<T: Float>(codes: &Codes<'_>, outliers: Outliers<'_, T>) -> (Vec<usize>, Vec<f32>) {
+    assert_eq!(outliers.mask.len(), codes.depth, "a mask [K]");
+    assert_eq!(outliers.input.len(), codes.input.len(), "an unquantized input [M, K]");
+    let listed: Vec<usize> = (0..codes.depth).filter(|k| outliers.mask[*k] != 0).collect();
+    let at = |m: usize| listed.iter().map(move |k| outliers.input[m * codes.depth + k].to_f32());
+    let wide = (0..codes.rows).flat_map(at).collect();
+    (listed, wide)
+}
+
+impl Panel {
+    fn new<T: Float>(
+        codes: &Codes<'_>,
+        scales: &Scales<'_>,
+        listed: &[usize],
+        columns: Range<usize>,
+    ) -> Self {
+        let weight_scale = |n: usize| match scales.weight {
+            Some([one]) => *one,
+            Some(scales) => scales[n],
+            None => 1.0,
+        };
+        let decoded = |n: usize, k: usize| {
+            let code = f32::from(codes.weight[n * codes.depth + k]);
+            T::from_f32(code * weight_scale(n) * INVERSE_127).to_f32()
+        };
+        let outliers = listed.iter().flat_map(|k| lines(&columns, |n| decoded(n, *k))).collect();
+        let bias = lines(&columns, |n| scales.bias.map_or(0.0, |bias| bias[n])).collect();
+        let scales = lines(&columns, weight_scale).collect();
+        Self { columns, scales, bias, outliers }
+    }
+}
+
+/// Values of columns in lines of sixteen, filled up with zeros.
+fn lines(columns: &Range<usize>, value: impl Fn(usize) -> f32) -> impl Iterator<Item = [f32; 16]> {
+    let (first, last) = (columns.start, columns.end);
+    (first..last)
+        .step_by(16)
+        .map(move |begin| std::array::from_fn(|i| if begin + i < last { value(begin + i) } else { 0.0 }))
 }

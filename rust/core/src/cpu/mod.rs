@@ -29,6 +29,11 @@ mod gemm_4bit_avx512;
 mod gemm_4bit_outer;
 mod gemm_4bit_transposed;
 mod gemm_int8;
+#[cfg(target_arch = "x86_64")]
+mod gemm_int8_avx2;
+#[cfg(target_arch = "x86_64")]
+mod gemm_int8_avx512;
+mod gemm_int8_panels;
 mod int8;
 #[cfg(target_arch = "x86_64")]
 mod int8_avx2;
