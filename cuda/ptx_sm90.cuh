@@ -81,13 +81,6 @@ __device__ __forceinline__ void store_remote_16(uint32_t address, uint32_t barri
         "r"(barrier), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
         : "memory");
 }
-/// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4
-/// of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address));
-}
 /// Four 8 x 8 matrices of 16-bit elements, turned: lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_turned(uint32_t address, const uint32_t (&pairs)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),

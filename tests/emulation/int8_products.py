@@ -103,6 +103,19 @@ def simt(emulator: Emulator, operands: Operands, *, long: bool = False) -> None:
     emulator.launch(launch, operands.params())
 
 
+def mma(emulator: Emulator, operands: Operands, tile: int) -> None:
+    """By a kernel of cuda/gemm_int8_mma.cu with tiles of 32 or 128 rows."""
+    m, n, _ = operands.case.shape
+    kind = "mma" if operands.mask is None else "outliers_mma"
+    name = f"gemm_int8_{kind}_{operands.case.dtype}_{tile}"
+    grid = ceil_div(m, tile) * ceil_div(n, tile)
+    launch = Launch(
+        "gemm_int8_mma", name, grid, 256, shared_bytes=65536,
+        inputs=operands.reads(), outputs=[operands.output],
+    )  # fmt: skip
+    emulator.launch(launch, operands.params())
+
+
 def check(emulator: Emulator, case: Case, launch: Callable[[Operands], None]) -> None:
     """Launches; without outliers the output has the reference's bits, with them it is as near to float64."""
     m, n, k = case.shape

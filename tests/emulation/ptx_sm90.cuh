@@ -73,13 +73,6 @@ inline void store_remote_16(uint32_t address, uint32_t barrier, int rank, uint4 
     emulation::shared_at(to, 16);  // the other CTA has started
     emulation::copy_later(run, false);
 }
-inline void load_matrices(uint32_t (&words)[4], uint32_t address) {
-    const uint64_t* const addresses = emulation::exchange(address);
-    const int lane = int(threadIdx.x % 32);
-    for (int i = 0; i < 4; ++i)
-        words[i] = read_shared<uint32_t>(uint32_t(addresses[8 * i + lane / 4]) + uint32_t(4 * (lane % 4)));
-    __syncwarp();
-}
 inline void store_turned(uint32_t address, const uint32_t (&pairs)[4]) {
     uint64_t addresses[32];
     std::memcpy(addresses, emulation::exchange(address), sizeof addresses);

@@ -1,6 +1,7 @@
 //! Exact product of 8-bit integer matrices with a scaling epilogue, and its form with columns that stay unquantized.
 //! Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, arXiv:2208.07339, section 2.
 
+mod mma;
 mod simt;
 mod skinny_sm90;
 mod sm90;
@@ -176,6 +177,7 @@ const fn range(since: (i32, i32), until: (i32, i32), least_rows: i64, family: Fa
 const FASTEST: &[Range] = &[
     Range { fills: true, ..range(HOPPER, HOPPER, 65, Family::Large) },
     range(HOPPER, HOPPER, 0, Family::SkinnySm90),
+    range((8, 0), ANY_GPU, 0, Family::Mma),
     range((0, 0), ANY_GPU, 0, Family::Simt),
 ];
 
@@ -199,6 +201,7 @@ impl Problem {
         match family {
             Family::Large => is_built("gemm_int8_sm90") && sm90::fits(self, limits),
             Family::SkinnySm90 => is_built("gemm_int8_skinny_sm90") && skinny_sm90::fits(self, limits),
+            Family::Mma => mma::fits(self, limits),
             family => family == Family::Simt,
         }
     }
@@ -320,6 +323,7 @@ impl Product {
                     let (plan, params) = skinny_sm90::plan(op, self, limits, cuda.weights_are_ready)?;
                     launch(op, &plan, &params, cuda.stream)
                 }
+                Family::Mma => launch(op, &mma::plan(self, limits), &self.params(), cuda.stream),
                 Family::Simt => launch(op, &simt::plan(self), &self.params(), cuda.stream),
                 other => unreachable!("a family that fits, got {other:?}"),
             }
