@@ -136,8 +136,9 @@ def test_k_of_zero_gives_the_bias_or_zeros(device, dtype, bias):
 @pytest.mark.parametrize(("M", "N"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_or_no_columns_give_an_empty_result(device, M, N):
     codes, weight = (torch.ones(rows, 64, dtype=torch.int8, device=device) for rows in (M, N))
-    got = functional.gemm_int8(codes, weight, out_dtype=torch.float16)
-    assert (got.shape, got.dtype) == ((M, N), torch.float16)
+    for dtype in (torch.float16, torch.int32):
+        got = functional.gemm_int8(codes, weight, out_dtype=dtype)
+        assert (got.shape, got.dtype) == ((M, N), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

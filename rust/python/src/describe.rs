@@ -8,7 +8,7 @@ use pyo3::types::{PyDict, PyList};
 use qbits_core::backend::OPS;
 use qbits_core::cpu::Isa;
 use qbits_core::cuda;
-use qbits_core::ops::gemm_4bit::Problem;
+use qbits_core::ops::{gemm_4bit, gemm_int8};
 use qbits_core::spec::{Arg, Of, Role, Rule};
 use qbits_core::{Dtype, Error};
 
@@ -16,7 +16,8 @@ use qbits_core::{Dtype, Error};
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(specs, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
-    module.add_function(wrap_pyfunction!(plan_gemm_4bit, module)?)
+    module.add_function(wrap_pyfunction!(plan_gemm_4bit, module)?)?;
+    module.add_function(wrap_pyfunction!(plan_gemm_int8, module)?)
 }
 
 fn dtype_names(dtypes: &[Dtype]) -> Vec<&'static str> {
@@ -115,9 +116,32 @@ fn plan_gemm_4bit(
     let Some(dtype) = to_dtype(dtype)? else {
         return Err(PyTypeError::new_err("qbits::plan_gemm_4bit: dtype must be a dtype, got another object"));
     };
-    let problem = Problem { m: M, n: N, k: K, dtype, block_size, is_nested, is_aligned: true };
+    let problem = gemm_4bit::Problem { m: M, n: N, k: K, dtype, block_size, is_nested, is_aligned: true };
     let limits = (device >= 0).then(|| cuda::limits("gemm_4bit", device)).transpose().map_err(fail)?;
     Ok(problem.fastest(limits, cuda::forced_family("gemm_4bit").map_err(fail)?).name())
+}
+
+/// The family of kernels by which `qbits.ops.gemm_int8`, or with `has_outliers` `gemm_int8_outliers`, computes a product on
+/// `cuda:{device}`. Operands are taken as aligned.
+#[pyfunction]
+#[pyo3(signature = (M, N, K, dtype, device, has_outliers=false))]
+#[allow(non_snake_case)]
+fn plan_gemm_int8(
+    M: i64,
+    N: i64,
+    K: i64,
+    dtype: &Bound<'_, PyAny>,
+    device: i32,
+    has_outliers: bool,
+) -> PyResult<&'static str> {
+    let py = dtype.py();
+    let fail = |error: Error| raise(py, error);
+    let Some(dtype) = to_dtype(dtype)? else {
+        return Err(PyTypeError::new_err("qbits::plan_gemm_int8: dtype must be a dtype, got another object"));
+    };
+    let problem = gemm_int8::Problem { m: M, n: N, k: K, dtype, has_outliers, is_aligned: true };
+    let limits = cuda::limits("gemm_int8", device).map_err(fail)?;
+    Ok(problem.fastest(limits, cuda::forced_family("gemm_int8").map_err(fail)?).name())
 }
 
 /// Version, kernels, CPU path and devices, for `qbits info` and for result files.

@@ -13,6 +13,12 @@ import torch
 from qbits import codebooks, functional, ops, outputs
 from qbits.codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 from qbits.compat.bitsandbytes.autograd._functions import matmul_4bit
+from qbits.compat.bitsandbytes.functional_gemm_int8 import (
+    batched_igemm,
+    igemm,
+    int8_linear_matmul,
+    int8_mm_dequant,
+)
 from qbits.compat.bitsandbytes.functional_int8 import (
     double_quant,
     int8_double_quant,
@@ -25,6 +31,7 @@ from qbits.records import QTensor4, QTensor8
 
 __all__ = [
     "QuantState",
+    "batched_igemm",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -38,7 +45,10 @@ __all__ = [
     "double_quant",
     "gemv_4bit",
     "get_4bit_type",
+    "igemm",
     "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "quantize",

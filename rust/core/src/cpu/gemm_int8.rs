@@ -151,7 +151,7 @@ impl<T> Output<T> {
 /// Where lengths do not fit.
 pub fn gemm_int8_raw(codes: Codes<'_>, output: &mut [i32], execution: Execution) {
     let shared = Output::new(output, &codes);
-    if codes.depth == 0 {
+    if output.is_empty() || codes.depth == 0 {
         return output.fill(0);
     }
     multiply(&codes, execution, std::convert::identity, |columns, m, sums| {

@@ -190,8 +190,8 @@ fn pack_panel(codes: &Codes<'_>, rows: Range<usize>, kernel: Kernel, panel: &mut
     }
 }
 
-/// Calls `row` with the sums of every row of the input and every panel of the weight; K is not 0. `panel` makes what
-/// the calls for one panel share, from its rows of the weight.
+/// Calls `row` with the sums of every row of the input and every panel of the weight. `panel` makes what the calls for one
+/// panel share, from its rows of the weight. None of M, N and K is 0.
 pub(super) fn multiply<P>(
     codes: &Codes<'_>,
     execution: Execution,

@@ -137,7 +137,10 @@ fn every_legal_call_launches_kernels_of_this_build_with_their_parameters() {
         ];
         let own: Vec<_> = match name {
             "gemm_4bit" => tall.collect(),
-            _ if name.starts_with("gemm_int8") => codes.into_iter().map(|sizes| (sizes, None)).collect(),
+            _ if name.starts_with("gemm_int8") => {
+                let by_mma = [[9, 104, 64], [300, 8192, 64]].map(|sizes| (sizes, Some(Family::Mma)));
+                codes.into_iter().map(|sizes| (sizes, None)).chain(by_mma).collect()
+            }
             _ => Vec::new(),
         };
         for (sizes @ [_, _, k], forced) in small.map(|sizes| (sizes, None)).chain(own) {

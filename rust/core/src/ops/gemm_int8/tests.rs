@@ -34,8 +34,8 @@ pub fn product(m: i64, n: i64, k: i64, dtype: Dtype) -> Product {
 #[test]
 fn the_rule_names_a_family_that_fits() {
     let problem = |m, n, k| product(m, n, k, Dtype::Bfloat16).problem();
-    let large = if is_built("gemm_int8_sm90") { Family::Large } else { Family::Simt };
-    let skinny = if is_built("gemm_int8_skinny_sm90") { Family::SkinnySm90 } else { Family::Simt };
+    let large = if is_built("gemm_int8_sm90") { Family::Large } else { Family::Mma };
+    let skinny = if is_built("gemm_int8_skinny_sm90") { Family::SkinnySm90 } else { Family::Mma };
     for ((m, n, k), family) in [
         ((1, 4096, 4096), skinny),
         ((64, 28672, 8192), skinny),
@@ -50,7 +50,7 @@ fn the_rule_names_a_family_that_fits() {
         assert_eq!(problem(m, n, k).fastest(&H200, None), family, "{m} x {n} x {k}");
     }
     let ampere = Limits { capability: (8, 0), ..H200 };
-    assert_eq!(problem(4096, 4096, 4096).fastest(&ampere, Some(Family::Large)), Family::Simt);
+    assert_eq!(problem(4096, 4096, 4096).fastest(&ampere, Some(Family::Large)), Family::Mma);
     assert_eq!(problem(4096, 4096, 4096).fastest(&H200, Some(Family::SkinnySm90)), skinny);
     assert_eq!(problem(1, 4096, 4096).fastest(&H200, Some(Family::Large)), large);
     assert_eq!(problem(1, 4096, 4096).fastest(&H200, Some(Family::Simt)), Family::Simt);
@@ -69,4 +69,34 @@ fn kernels_that_wait_themselves_are_launched_as_dependent_ones() {
             assert_eq!((launches.len(), launches[0].dependent), (1, true), "{}", launches[0].kernel);
         }
     }
+}
+
+#[test]
+fn older_gpus_multiply_by_tensor_cores_where_these_can() {
+    let problem = product(300, 4096, 4096, Dtype::Bfloat16).problem();
+    let fastest = |problem: Problem, capability| problem.fastest(&Limits { capability, ..H200 }, None);
+    assert_eq!(fastest(problem, (7, 5)), Family::Simt);
+    assert_eq!(fastest(problem, (8, 0)), Family::Mma);
+    assert_eq!(fastest(problem, (12, 0)), Family::Mma);
+    for odd in [
+        Problem { k: 4095, ..problem },
+        Problem { k: 131_072, ..problem },
+        Problem { is_aligned: false, ..problem },
+        Problem { has_outliers: true, dtype: Dtype::Float32, ..problem },
+    ] {
+        assert_eq!(fastest(odd, (8, 0)), Family::Simt, "{odd:?}");
+        assert_eq!(odd.fastest(&H200, Some(Family::Mma)), fastest(odd, (9, 0)));
+    }
+    assert_eq!(problem.fastest(&H200, Some(Family::Mma)), Family::Mma);
+}
+
+#[test]
+fn plans_cover_the_output_with_tiles() {
+    let plan = |m, n| mma::plan(&product(m, n, 64, Dtype::Float16), &H200);
+    assert_eq!((plan(1, 4096).symbol.number, plan(1, 4096).grid), (32, 128));
+    assert_eq!((plan(64, 100).symbol.number, plan(64, 100).grid), (32, 8));
+    assert_eq!((plan(300, 4096).symbol.number, plan(300, 4096).grid), (128, 96));
+    assert_eq!((plan(200, 200).symbol.number, plan(200, 200).grid), (32, 49));
+    assert_eq!(simt::plan(&product(65, 64, 3, Dtype::Float16)).grid, 2);
+    assert_eq!(simt::plan(&product(65, 64, 131_072, Dtype::Float16)).symbol.family, "gemm_int8_simt_long");
 }
