@@ -37,6 +37,9 @@ def fingerprint() -> str:
         for table in (create_dynamic_map(), create_linear_map()):
             codes, absmax = ops.quantize_blockwise(x, table, 256)
             results += [codes, absmax, ops.dequantize_blockwise(codes, absmax, table, 256, dtype)]
+        codes = torch.randint(-128, 128, (37, 517), dtype=torch.int8, generator=generator)
+        scales = torch.rand(37, generator=generator)
+        results.append(ops.gemm_int8(codes, codes, dtype, scales, scales))
         for result in results:
             digest.update(result.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -154,6 +157,24 @@ def cases_gemm(bnb: Any) -> Iterator[Case]:
     yield from (case(M) for M in (1, 4, 16))
 
 
+def cases_int8(bnb: Any) -> Iterator[Case]:
+    """gemm_int8 with scales against torch's float32 linear; bitsandbytes' gives raw sums."""
+
+    def case(M: int, n: int, k: int) -> Case:
+        codes, weight = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (M, n))
+        rows, columns, y = torch.rand(M), torch.rand(n), torch.empty(M, n)
+        x, dense = torch.randn(M, k), torch.randn(n, k)
+        return Case(
+            f"gemm_int8, M = {M}, {n} x {k}, float32",
+            (M + n) * k + 4 * M * n,
+            lambda: ops.gemm_int8(codes, weight, torch.float32, rows, columns, out=y),
+            lambda: torch.nn.functional.linear(x, dense),
+            (lambda: bnb.functional.int8_linear_matmul(codes, weight)) if bnb else None,
+        )
+
+    yield from (case(*shape) for shape in ((1, N, K), (16, N, K), (1024, 1024, 1024)))
+
+
 def measure(report: Report, options: Any, num_threads: int, alone: dict[str, float], bnb: Any) -> None:
     """All rows with one number of threads; `alone` keeps the times of one thread."""
     torch.set_num_threads(num_threads)
@@ -168,7 +189,7 @@ def measure(report: Report, options: Any, num_threads: int, alone: dict[str, flo
             report.note(f"peer: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
 
-    for case in (*cases_4bit(bnb), *cases_8bit(bnb), *cases_gemm(bnb)):
+    for case in (*cases_4bit(bnb), *cases_8bit(bnb), *cases_gemm(bnb), *cases_int8(bnb)):
         if options.only not in case.name:
             continue
         time = wall_us(case.run, min_ms)

@@ -2,6 +2,7 @@
 
 mod edges;
 mod gemm;
+mod gemm_int8;
 mod golden;
 mod int8;
 mod paths;
