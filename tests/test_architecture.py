@@ -30,6 +30,7 @@ PYTHON_LAYERS = [
     {"functional"},
     {"autograd"},
     {"ops"},
+    {"triton_kernels"},
     {"_core"},
 ]
 RUST_LAYERS = [{"backend"}, {"ops"}, {"cpu", "cuda"}, {"spec", "codebook", "dlpack"}, {"tensor", "error"}]

@@ -99,6 +99,7 @@ def test_info_lists_every_gpu_with_its_reason():
             "capability": "9.0",
             "memory_bytes": 141 * 2**30,
             "usable": True,
+            "triton": False,
             "reason": "",
         },
         {
@@ -107,17 +108,31 @@ def test_info_lists_every_gpu_with_its_reason():
             "capability": "3.7",
             "memory_bytes": 12 * 2**30,
             "usable": False,
+            "triton": False,
+            "reason": "no image fits",
+        },
+        {
+            "ordinal": 2,
+            "name": "RTX 5090",
+            "capability": "12.0",
+            "memory_bytes": 32 * 2**30,
+            "usable": False,
+            "triton": True,
             "reason": "no image fits",
         },
     ]
     facts = info.env_info() | {"driver": "13.0", "devices": devices, "cuda_archs": ["80", "90a"]}
+    facts["packages"] |= {"triton": "3.6.0"}
     text = info.describe(facts)
     assert "cuda:0  H200, compute capability 9.0, 141 GiB: kernels run" in text
     assert "cuda:1  K80, compute capability 3.7, 12 GiB: no kernel runs: no image fits" in text
+    assert "32 GiB: no kernel runs: no image fits; int8 by Triton" in text
     assert "compiled for  80, 90a" in text
     assert "| op " in text
-    assert text.splitlines()[-1].split("|")[2:5] != ["", "", ""]
-    assert [cell.strip() for cell in text.splitlines()[-1].split("|")[3:5]] == ["yes", "no"]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if "|" in row]
+    cells = {row[0]: row[2:] for row in rows}
+    assert cells["gemm_4bit"] == ["yes", "no", "no"]
+    assert cells["gemm_int8"] == ["yes", "no", "triton"]
 
 
 MISTAKES = [

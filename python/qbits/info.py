@@ -14,7 +14,7 @@ from qbits.report import markdown_table
 
 __all__ = ["describe", "env_info"]
 
-_PACKAGES = ("safetensors", "numpy", "transformers", "bitsandbytes")
+_PACKAGES = ("safetensors", "numpy", "transformers", "bitsandbytes", "triton")
 
 
 def env_info() -> dict[str, Any]:
@@ -61,12 +61,21 @@ def describe(info: Mapping[str, Any] | None = None) -> str:
         f"cuda:{d['ordinal']}  {d['name']}, compute capability {d['capability']}, "
         f"{d['memory_bytes'] / 2**30:.0f} GiB: "
         + ("kernels run" if d["usable"] else f"no kernel runs: {d['reason']}")
+        + ("; int8 by Triton" if d["triton"] else "")
         for d in info["devices"]
     ]
     if not devices:
         reason = "no CUDA driver" if not info["driver"] else "the driver shows no GPU"
         devices = [f"cuda    no GPU to run on: {reason}"]
     columns = [f"cuda:{d['ordinal']}" for d in info["devices"]] or ["cuda"]
-    cells = ["yes" if d["usable"] else "no" for d in info["devices"]] or ["no"]
-    rows = [(name, str(info["cpu_isa"]), *cells) for name in ops.SPECS]
+    rows = [(name, *_cells(spec, info)) for name, spec in ops.SPECS.items()]
     return "\n\n".join(["\n".join(lines), "\n".join(devices), markdown_table(("op", "cpu", *columns), rows)])
+
+
+def _cells(spec: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
+    """What runs an op on the CPU and on each GPU."""
+    has_triton = spec["has_triton"] and "triton" in info["packages"]
+    cells = ["triton" if has_triton and info["triton_on_cpu"] else str(info["cpu_isa"])]
+    for device in info["devices"]:
+        cells.append("triton" if has_triton and device["triton"] else "yes" if device["usable"] else "no")
+    return cells if info["devices"] else [*cells, "no"]

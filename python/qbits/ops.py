@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbits import _core
-from qbits.errors import DeviceError, DtypeError, ShapeError
+from qbits.errors import DeviceError, DtypeError, ShapeError, UnsupportedHardwareError
 
 _core.set_num_threads_source(torch.get_num_threads)
 
@@ -102,7 +102,9 @@ def _implementation(spec: dict[str, Any]) -> Callable[..., Any]:
     def implementation(*args: Any) -> Any:
         args = (*args, *(None,) * (num_arguments - len(args) + num_outputs))
         result = direct(*args)
-        return composed(*args) if composed is not None and result is NotImplemented else result
+        if composed is not None and result is NotImplemented:
+            return composed(*args[:num_arguments], None)
+        return result
 
     return implementation
 
@@ -175,8 +177,11 @@ def _traced(name: str, args: tuple[Any, ...], out: Any) -> Any:
     Dynamo traces what is here, so outputs are checked in Python: it cannot look into `qbits._core`.
     """
     result = getattr(torch.ops.qbits, name)(*args)
-    if out is None:
-        return result
+    return result if out is None else _copied(name, result, out)
+
+
+def _copied(name: str, result: Any, out: Any) -> Any:
+    """The given outputs, filled with the result."""
     names = [f"{output['name']}" for output in _outputs(SPECS[name])]
     targets, values = (x if isinstance(x, tuple | list) else (x,) for x in (out, result))
     for argument, target, value in zip(names, targets, values, strict=True):
@@ -206,6 +211,28 @@ def _written(tensors: tuple[Any, ...]) -> None:
 def _increment_versions_singly(tensors: tuple[Tensor, ...]) -> None:
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
+
+
+def _on_triton(name: str) -> Callable[..., Any]:
+    """The op by Triton's kernels, with checked arguments; the last is an output, a tuple of them, or None."""
+
+    def composed(*arguments: Any) -> Any:
+        *inputs, out = arguments
+        inputs = [getattr(torch, x.removeprefix("torch.")) if isinstance(x, str) else x for x in inputs]
+        try:
+            from qbits import triton_kernels
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            rule = (
+                "triton must be installed where none of qbits' own kernels fits or runs, got no such module"
+            )
+            raise UnsupportedHardwareError(f"qbits::{name}: {rule}") from error
+        with torch.no_grad():
+            result = getattr(triton_kernels, name)(*inputs)
+            return result if out is None else _copied(name, result, out)
+
+    return composed
 
 
 def _composed_gemm_4bit(
@@ -271,6 +298,8 @@ _increment_version = _find_increment_version()
 _core.set_eager_hooks(torch._C._len_torch_dispatch_stack, _traced, _increment_version, _written)
 
 for _spec in SPECS.values():
+    if _spec["has_triton"]:
+        globals()["_composed_" + _spec["name"]] = _on_triton(_spec["name"])
     globals()["_eager_" + _spec["name"]] = getattr(_core, "eager_" + _spec["name"])
     _define(_spec)
     _LIBRARY.define(_schema(_spec), tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,11 +1,12 @@
 //! The two backends, the trait that each op implements for both, and the list of all ops.
 
-use crate::cuda::{Stream, full_check, run_between_canaries};
+use crate::cuda::{Stream, forces_triton, full_check, has_kernels, limits, run_between_canaries};
 use crate::error::Result;
 use crate::ops::{
     blockwise_4bit, blockwise_8bit, gemm_4bit, gemm_4bit_transposed, gemm_int8, int8, nested, tensorwise,
 };
 use crate::spec::{Bind, Compiled, Value};
+use crate::tensor::Device;
 
 /// Runs an op whose arguments were checked. An op without one of the two implementations does not compile.
 pub trait Run<Op> {
@@ -19,10 +20,14 @@ pub trait Run<Op> {
     /// Arguments that a kernel may read before earlier work of the stream has ended, if nobody writes them.
     const WEIGHTS: &[&str] = &[];
 
+    /// Whether `qbits.triton_kernels` computes the op too; then [`runs_on_triton`] decides.
+    const HAS_TRITON: bool = false;
+
     /// Whether the caller's framework computes the op faster by ops of its own, where it has them.
     const MAY_DECLINE: bool = false;
 
-    /// Whether it does so for this call, whose outputs may have no memory yet.
+    /// Whether it does so for this call, whose outputs may have no memory yet. Refuses here what `run` would refuse, since
+    /// `run` is not called where Triton takes over.
     fn declines(&self, _op: &Op) -> Result<bool> {
         Ok(false)
     }
@@ -54,6 +59,29 @@ pub enum Backend {
     Cuda(Cuda),
 }
 
+impl Backend {
+    fn device(&self) -> Device {
+        match self {
+            Self::Cpu(_) => Device::Cpu,
+            Self::Cuda(cuda) => Device::Cuda(cuda.stream.device),
+        }
+    }
+}
+
+/// The oldest compute capability that Triton compiles int8 products for.
+const TRITON_CAPABILITY: (i32, i32) = (8, 0);
+
+/// Whether ops with [`Run::HAS_TRITON`] run on Triton: where `QBITS_BACKEND=triton` forces it (on the CPU only together with
+/// `TRITON_INTERPRET=1`), and on GPUs that no kernel of this build fits.
+///
+/// # Errors
+/// When `QBITS_BACKEND` has a value outside its set; for a device that is none.
+pub fn runs_on_triton(op: &str, device: Device) -> Result<bool> {
+    let Device::Cuda(ordinal) = device else { return forces_triton(op, true) };
+    let is_needed = || Ok(!has_kernels(op, ordinal)? && limits(op, ordinal)?.capability >= TRITON_CAPABILITY);
+    if forces_triton(op, false)? { Ok(true) } else { is_needed() }
+}
+
 /// Asks a backend about a call whose inputs were checked.
 pub type Question = fn(&[Value], &Backend) -> Result<bool>;
 
@@ -64,8 +92,10 @@ pub struct Op {
     pub compiled: fn() -> &'static Compiled,
     /// Binds the values and runs the op. Safety: as [`Run::run`].
     pub run: unsafe fn(&[Value], &Backend) -> Result<()>,
-    /// Binds the values and asks [`Run::declines`]; None where the op never does.
+    /// Binds the values and asks [`runs_on_triton`] and [`Run::declines`]; None where the op never does.
     pub declines: Option<Question>,
+    /// [`Run::HAS_TRITON`] on CUDA.
+    pub has_triton: bool,
     /// [`Run::WEIGHTS`] on CUDA.
     pub weights: &'static [&'static str],
 }
@@ -96,10 +126,12 @@ where
     Cuda: Run<O>,
 {
     let op = O::from_checked(values);
-    match backend {
-        Backend::Cpu(cpu) => cpu.declines(&op),
-        Backend::Cuda(cuda) => cuda.declines(&op),
-    }
+    let is_declined = match backend {
+        Backend::Cpu(cpu) => cpu.declines(&op)?,
+        Backend::Cuda(cuda) => cuda.declines(&op)?,
+    };
+    let name = O::compiled().spec.name;
+    Ok(is_declined || <Cuda as Run<O>>::HAS_TRITON && runs_on_triton(name, backend.device())?)
 }
 
 macro_rules! ops {
@@ -108,7 +140,12 @@ macro_rules! ops {
         pub static OPS: &[Op] = &[$(Op {
             compiled: <$Op as Bind>::compiled,
             run: run::<$Op>,
-            declines: if <Cuda as Run<$Op>>::MAY_DECLINE { Some(declines::<$Op>) } else { None },
+            declines: if <Cuda as Run<$Op>>::MAY_DECLINE || <Cuda as Run<$Op>>::HAS_TRITON {
+                Some(declines::<$Op>)
+            } else {
+                None
+            },
+            has_triton: <Cuda as Run<$Op>>::HAS_TRITON,
             weights: <Cuda as Run<$Op>>::WEIGHTS,
         }),+];
     };
@@ -142,3 +179,46 @@ ops![
     gemm_int8::GemmInt8,
     gemm_int8::GemmInt8Outliers,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::recorder::{Machine, Recorder};
+
+    fn machine(archs: &'static [&'static str], capability: (i32, i32)) -> Machine {
+        let mut machine = Machine::h200().with_image(archs, &[("copy_float32_64", 24)]);
+        machine.devices[0].capability = capability;
+        machine
+    }
+
+    fn runs(device: Device) -> bool {
+        runs_on_triton("quantize_rowwise", device).unwrap()
+    }
+
+    #[test]
+    fn triton_serves_the_gpus_that_no_image_fits() {
+        for (archs, capability, expected) in [
+            (&["80", "90a"][..], (9, 0), false),
+            (&["90a"][..], (8, 0), true),
+            (&["80", "90a"][..], (12, 0), true),
+            (&["80", "compute_80"][..], (12, 0), false),
+            (&["80"][..], (7, 5), false),
+        ] {
+            let _recorder = Recorder::install(machine(archs, capability));
+            assert_eq!(runs(Device::Cuda(0)), expected, "{archs:?} on {capability:?}");
+            assert!(!runs(Device::Cpu));
+        }
+    }
+
+    #[test]
+    fn triton_is_forced_on_gpus_and_interpreted_on_the_cpu() {
+        for (interpret_triton, on_cpu) in [(false, false), (true, true)] {
+            let mut machine = machine(&["90a"], (9, 0));
+            machine.settings.force_triton = true;
+            machine.settings.interpret_triton = interpret_triton;
+            let _recorder = Recorder::install(machine);
+            assert!(runs(Device::Cuda(0)));
+            assert_eq!(runs(Device::Cpu), on_cpu);
+        }
+    }
+}

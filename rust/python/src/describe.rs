@@ -5,12 +5,12 @@ use crate::exception::raise;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use qbits_core::backend::OPS;
+use qbits_core::backend::{OPS, runs_on_triton};
 use qbits_core::cpu::Isa;
 use qbits_core::cuda;
 use qbits_core::ops::{gemm_4bit, gemm_int8};
 use qbits_core::spec::{Arg, Of, Role, Rule};
-use qbits_core::{Dtype, Error};
+use qbits_core::{Device, Dtype, Error};
 
 /// Adds the functions of this file to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -34,6 +34,7 @@ fn specs(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         let entry = PyDict::new(py);
         entry.set_item("name", spec.name)?;
         entry.set_item("doc", doc.join("\n"))?;
+        entry.set_item("has_triton", op.has_triton)?;
         let args = PyList::empty(py);
         for arg in spec.args {
             args.append(describe_arg(py, arg)?)?;
@@ -154,6 +155,7 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     entry.set_item("source_hash", cuda::SOURCE_HASH)?;
     entry.set_item("cpu_isa", Isa::get().map_err(fail)?.name())?;
     entry.set_item("num_threads", num_threads(py)?)?;
+    entry.set_item("triton_on_cpu", runs_on_triton("info", Device::Cpu).map_err(fail)?)?;
     entry.set_item(
         "kernels",
         cuda::images().iter().map(|image| (image.name, image.kernels.len())).collect::<Vec<_>>(),
@@ -166,28 +168,23 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         for ordinal in 0..cuda::num_devices().map_err(fail)? {
             let limits = cuda::limits("info", ordinal).map_err(fail)?;
             let (major, minor) = limits.capability;
-            let missing: Vec<_> = (cuda::images().iter())
-                .filter(|image| !image.fits(limits.capability))
-                .map(|image| image.name)
-                .collect();
+            let usable = cuda::has_kernels("info", ordinal).map_err(fail)?;
             let device = PyDict::new(py);
             device.set_item("ordinal", ordinal)?;
             device.set_item("name", cuda::device_name(ordinal).map_err(fail)?)?;
             device.set_item("capability", format!("{major}.{minor}"))?;
             device.set_item("memory_bytes", limits.total_bytes)?;
-            device.set_item("usable", missing.is_empty() && !cuda::images().is_empty())?;
+            device.set_item("usable", usable)?;
             device.set_item(
                 "reason",
-                match (cuda::images().is_empty(), missing.is_empty()) {
+                match (cuda::images().is_empty(), usable) {
                     (true, _) => "this build holds no kernels (QBITS_CUDA=0)".to_owned(),
                     (_, true) => String::new(),
-                    _ => format!(
-                        "no image fits for {}; built for {}",
-                        missing.join(", "),
-                        cuda::ARCHS.join(", ")
-                    ),
+                    _ => format!("no image fits; built for {}", cuda::ARCHS.join(", ")),
                 },
             )?;
+            let triton = runs_on_triton("info", Device::Cuda(ordinal)).map_err(fail)?;
+            device.set_item("triton", triton)?;
             devices.append(device)?;
         }
     }

@@ -19,8 +19,8 @@ pub use canaries::run_between_canaries;
 pub(crate) use device::H200;
 pub use device::{Limits, device_name, driver_version, is_available, limits, num_devices, with_context};
 pub use launch::{Launch, MAX_GRID_Y, Memory, Params, Symbol, check_memory, full_check, launch};
-pub use module::{ARCHS, Image, KernelInfo, SOURCE_HASH, images, kernel_info};
-pub use settings::{Family, forced_family};
+pub use module::{ARCHS, Image, KernelInfo, SOURCE_HASH, has_kernels, images, kernel_info};
+pub use settings::{Family, forced_family, forces_triton};
 pub use stream::{Allocation, Event, Stream, current_stream_for, synchronize};
 pub use tensor_map::{MAX_MAP_RANK, Promotion, Swizzle, TensorMap, Tiled};
 

@@ -2,7 +2,7 @@
 
 use super::device::Gpu;
 use super::driver::{Driver, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION};
-use super::{Runtime, Symbol};
+use super::{Runtime, Symbol, runtime};
 use crate::{Error, ErrorKind, Result};
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute};
 use std::collections::HashMap;
@@ -12,6 +12,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 // ARCHS, SOURCE_HASH and IMAGES
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// Whether a device runs any kernels of this build: sources that are not for one GPU alone are all built for the same list.
+///
+/// # Errors
+/// Without a driver, and for an ordinal that is none.
+pub fn has_kernels(op: &str, ordinal: i32) -> Result<bool> {
+    let runtime = runtime(op)?;
+    let capability = runtime.gpu(op, ordinal)?.limits.capability;
+    Ok(runtime.modules.images.iter().any(|image| image.fits(capability)))
+}
 
 /// Bytes on the boundary that cuLibraryLoadData wants for a fatbin.
 #[repr(C, align(64))]

@@ -45,6 +45,8 @@ pub(crate) struct Settings {
     pub force_family: Option<Family>,
     pub full_check: bool,
     pub print_plans: bool,
+    pub force_triton: bool,
+    pub interpret_triton: bool,
 }
 
 impl Settings {
@@ -61,6 +63,8 @@ impl Settings {
             force_family: choose("QBITS_FORCE_FAMILY", &families)?.map(|index| Family::ALL[index]),
             full_check: choose("QBITS_CHECK", &["full"])?.is_some(),
             print_plans: choose("QBITS_PRINT_PLANS", &["0", "1"])? == Some(1),
+            force_triton: choose("QBITS_BACKEND", &["triton"])?.is_some(),
+            interpret_triton: variable("TRITON_INTERPRET").is_some_and(|value| value == "1"),
         })
     }
 }
@@ -85,6 +89,15 @@ pub(super) fn settings(op: &str) -> Result<Settings> {
 /// When a `QBITS_` variable of the CUDA backend has a value outside its set.
 pub fn forced_family(op: &str) -> Result<Option<Family>> {
     Ok(settings(op)?.force_family)
+}
+
+/// Whether `QBITS_BACKEND=triton` asks for Triton's kernels on a GPU, or on the CPU, where only its interpreter runs them.
+///
+/// # Errors
+/// As [`forced_family`].
+pub fn forces_triton(op: &str, on_cpu: bool) -> Result<bool> {
+    let settings = settings(op)?;
+    Ok(settings.force_triton && (settings.interpret_triton || !on_cpu))
 }
 
 #[cfg(test)]
@@ -114,8 +127,16 @@ mod tests {
 
     #[test]
     fn full_check_and_printed_plans_are_switched_on() {
-        let settings = Settings { force_family: None, full_check: true, print_plans: true };
+        let settings = Settings { full_check: true, print_plans: true, ..Settings::default() };
         assert_eq!(read(&[("QBITS_CHECK", "full"), ("QBITS_PRINT_PLANS", "1")]), Ok(settings));
+    }
+
+    #[test]
+    fn triton_is_forced_and_interpreted() {
+        let settings = Settings { force_triton: true, interpret_triton: true, ..Settings::default() };
+        assert_eq!(read(&[("QBITS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")]), Ok(settings));
+        let settings = Settings { interpret_triton: false, ..settings };
+        assert_eq!(read(&[("QBITS_BACKEND", "triton"), ("TRITON_INTERPRET", "0")]), Ok(settings));
     }
 
     #[test]
@@ -125,6 +146,8 @@ mod tests {
             refused("QBITS_FORCE_FAMILY", "sm70"),
             "QBITS_FORCE_FAMILY must be unset or skinny_sm90, skinny, mid, large, mma, simt, got \"sm70\""
         );
+        let expected = "QBITS_BACKEND must be unset or triton, got \"cuda\"";
+        assert_eq!(refused("QBITS_BACKEND", "cuda"), expected);
         assert_eq!(refused("QBITS_CHECK", "some"), "QBITS_CHECK must be unset or full, got \"some\"");
         assert_eq!(
             refused("QBITS_PRINT_PLANS", "yes"),

@@ -364,6 +364,10 @@ impl Run<GemmInt8> for Cpu {
         }
         Ok(())
     }
+
+    fn declines(&self, op: &GemmInt8) -> Result<bool> {
+        op.product().map(|_| false)
+    }
 }
 
 impl Run<GemmInt8Outliers> for Cpu {
@@ -383,12 +387,18 @@ impl Run<GemmInt8Outliers> for Cpu {
 }
 
 impl Run<GemmInt8> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &GemmInt8) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { op.product()?.launch("gemm_int8", self) }
     }
 
     const WEIGHTS: &[&str] = &["weight"];
+
+    fn declines(&self, op: &GemmInt8) -> Result<bool> {
+        op.product().map(|_| false)
+    }
 }
 
 impl Run<GemmInt8Outliers> for Cuda {

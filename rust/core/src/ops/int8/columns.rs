@@ -134,6 +134,8 @@ impl QuantizeInt8Params {
 }
 
 impl Run<QuantizeColumnwise> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeColumnwise) -> Result<()> {
         let params =
             QuantizeInt8Params { codes: op.values.data, ..QuantizeInt8Params::new(&op.input, &op.scales) };
@@ -143,6 +145,8 @@ impl Run<QuantizeColumnwise> for Cuda {
 }
 
 impl Run<QuantizeColumnwiseAndTranspose> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeColumnwiseAndTranspose) -> Result<()> {
         let params = QuantizeInt8Params {
             transposed: op.values.data,
@@ -155,6 +159,8 @@ impl Run<QuantizeColumnwiseAndTranspose> for Cuda {
 }
 
 impl Run<QuantizeDualRowwise> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeDualRowwise) -> Result<()> {
         let params = QuantizeInt8Params {
             codes: op.values.data,
@@ -168,6 +174,8 @@ impl Run<QuantizeDualRowwise> for Cuda {
 }
 
 impl Run<QuantizeGlobal> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeGlobal) -> Result<()> {
         let params =
             QuantizeInt8Params { codes: op.values.data, ..QuantizeInt8Params::new(&op.input, &op.scales) };
@@ -177,6 +185,8 @@ impl Run<QuantizeGlobal> for Cuda {
 }
 
 impl Run<QuantizeGlobalTranspose> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeGlobalTranspose) -> Result<()> {
         let params = QuantizeInt8Params {
             transposed: op.values.data,
@@ -189,6 +199,8 @@ impl Run<QuantizeGlobalTranspose> for Cuda {
 }
 
 impl Run<QuantizeDualGlobal> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeDualGlobal) -> Result<()> {
         let params = QuantizeInt8Params {
             codes: op.values.data,

@@ -100,6 +100,8 @@ fn plan_decoder(family: &'static str, dtype: Dtype, rows: i64, columns: i64) -> 
 }
 
 impl Run<QuantizeRowwise> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &QuantizeRowwise) -> Result<()> {
         let &[rows, columns] = op.input.shape() else { unreachable!("a checked matrix") };
         let params = QuantizeRowwiseParams {
@@ -165,6 +167,8 @@ unsafe fn decode(
 }
 
 impl Run<DequantizeRowwise> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &DequantizeRowwise) -> Result<()> {
         let &[rows, columns] = op.values.shape() else { unreachable!("a checked matrix") };
         let tensors = [&op.values, &op.scales, &op.output];
@@ -174,6 +178,8 @@ impl Run<DequantizeRowwise> for Cuda {
 }
 
 impl Run<DequantizeColumnwise> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &DequantizeColumnwise) -> Result<()> {
         let &[rows, columns] = op.values.shape() else { unreachable!("a checked matrix") };
         let tensors = [&op.values, &op.scales, &op.output];
@@ -183,6 +189,8 @@ impl Run<DequantizeColumnwise> for Cuda {
 }
 
 impl Run<DequantizeGlobal> for Cuda {
+    const HAS_TRITON: bool = true;
+
     unsafe fn run(&self, op: &DequantizeGlobal) -> Result<()> {
         let tensors = [&op.values, &op.scales, &op.output];
         // SAFETY: as above. The tensor is one row.
