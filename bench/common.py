@@ -131,6 +131,23 @@ class Report:
         print(f"# wrote {path}", flush=True)
 
 
+@dataclass
+class EqualToCpu:
+    """Calls ops on the CPU and on the GPU, which must give the same bits, and counts the calls."""
+
+    num_checks: int = 0
+
+    def __call__(self, op: Callable[..., Any], *args: Any) -> Any:
+        """Return the CPU's result."""
+        want = op(*args)
+        got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
+            if not torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+                raise SystemExit(f"bench: {op.__name__} must equal the CPU backend, got other bits")
+        self.num_checks += 1
+        return want
+
+
 class Replay:
     """A captured graph of calls over rotating operands."""
 

@@ -7,11 +7,11 @@ its input twice counts the second time only where the input is larger than the L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import Report, arguments, peer
+from common import EqualToCpu, Report, arguments, peer
 from qbits import ops
 from quantizers import FLOATS, Case, measure, measure_long_copy
 from yardstick import Yardstick
@@ -109,18 +109,7 @@ def cases(shape: tuple[int, int], dtype: torch.dtype, l2_bytes: int, bnb: Any) -
 
 def check(report: Report) -> None:
     """Every op on the GPU equals the CPU backend bit for bit, with tails and without."""
-    num_checks = 0
-
-    def same(op: Callable[..., Any], *args: Any) -> Any:
-        nonlocal num_checks
-        want = op(*args)
-        got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args))
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
-            if not torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
-                raise SystemExit(f"bench: {op.__name__} must equal the CPU backend, got other bits")
-        num_checks += 1
-        return want
-
+    same = EqualToCpu()
     for dtype in FLOATS:
         for shape in ((1024, 1024), (513, 777), (1, 40_000), (40_000, 3)):
             x = torch.randn(shape).to(dtype)
@@ -131,7 +120,7 @@ def check(report: Report) -> None:
             for name in ("rowwise", "columnwise", "global"):
                 values, scales = getattr(ops, f"quantize_{name}")(x)
                 same(getattr(ops, f"dequantize_{name}"), values, scales, dtype)
-    report.note(f"{num_checks} calls equal the CPU backend bit for bit")
+    report.note(f"{same.num_checks} calls equal the CPU backend bit for bit")
 
 
 def compare_with_goal(report: Report, case: Case, n: int) -> None:

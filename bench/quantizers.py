@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Eager, Replay, Report, Timing, arguments, interleaved, num_sets, peer
+from common import Eager, EqualToCpu, Replay, Report, Timing, arguments, interleaved, num_sets, peer
 from qbits import ops
 from qbits.codebooks import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 from yardstick import Copy, Yardstick
@@ -185,18 +185,7 @@ def cases_codes(n: int) -> Iterator[Case]:
 def check(report: Report) -> None:
     """Every op on the GPU equals the CPU backend bit for bit on a million normal numbers and an odd tail."""
     dynamic, linear = create_dynamic_map(), create_linear_map()
-    num_checks = 0
-
-    def same(op: Callable[..., Any], *args: Any) -> Any:
-        nonlocal num_checks
-        want = op(*args)
-        got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in args))
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
-            if not torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
-                raise SystemExit(f"bench: {op.__name__} must equal the CPU backend, got other bits")
-        num_checks += 1
-        return want
-
+    same = EqualToCpu()
     for dtype in FLOATS:
         x = torch.randn(2**20 + 37).to(dtype)
         for codebook in ("nf4", "fp4", "af4"):
@@ -212,7 +201,7 @@ def check(report: Report) -> None:
             same(ops.dequantize_blockwise, codes, absmax, table, 256, dtype)
             codes, absmax = same(ops.quantize, x, table)
             same(ops.dequantize, codes, absmax, table, dtype)
-    report.note(f"{num_checks} calls equal the CPU backend bit for bit")
+    report.note(f"{same.num_checks} calls equal the CPU backend bit for bit")
 
 
 def copy_replay(yardstick: Yardstick, copy: Copy) -> Replay:
