@@ -19,6 +19,7 @@ from qbits.autograd import (
 )
 from qbits.nn import StandardLinear
 from qbits.nn import switchback as modern
+from qbits.nn import switchback_forms as forms
 
 __all__ = [
     "StandardLinear",
@@ -72,45 +73,33 @@ class SwitchBackLinear(modern.SwitchBackLinear):
         )
 
 
-class SwitchBackLinearGlobal(SwitchBackLinear):
+class SwitchBackLinearGlobal(SwitchBackLinear, forms.SwitchBackLinearGlobal):
     """`SwitchBackLinear` with one scale for the weight.
 
     >>> SwitchBackLinearGlobal(4, 2).vector_wise_quantization
     False
     """
 
-    _fixed_vectorwise = False
-    _fixed_mem_efficient = False
 
-
-class SwitchBackLinearGlobalMemEfficient(SwitchBackLinear):
+class SwitchBackLinearGlobalMemEfficient(SwitchBackLinear, forms.SwitchBackLinearGlobalMemEfficient):
     """`SwitchBackLinear` with one scale for the weight, which keeps the input as int8 codes.
 
     >>> SwitchBackLinearGlobalMemEfficient(4, 2).mem_efficient
     True
     """
 
-    _fixed_vectorwise = False
-    _fixed_mem_efficient = True
 
-
-class SwitchBackLinearVectorwise(SwitchBackLinear):
+class SwitchBackLinearVectorwise(SwitchBackLinear, forms.SwitchBackLinearVectorwise):
     """`SwitchBackLinear` with one scale per row of the weight, and per column backward.
 
     >>> SwitchBackLinearVectorwise(4, 2).vector_wise_quantization
     True
     """
 
-    _fixed_vectorwise = True
-    _fixed_mem_efficient = False
 
-
-class SwitchBackLinearVectorwiseMemEfficient(SwitchBackLinear):
+class SwitchBackLinearVectorwiseMemEfficient(SwitchBackLinear, forms.SwitchBackLinearVectorwiseMemEfficient):
     """`SwitchBackLinearVectorwise` that keeps the input as int8 codes; there it ended the process.
 
     >>> SwitchBackLinearVectorwiseMemEfficient(4, 2).mem_efficient
     True
     """
-
-    _fixed_vectorwise = True
-    _fixed_mem_efficient = True
