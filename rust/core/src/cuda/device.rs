@@ -55,6 +55,8 @@ pub(super) struct Gpu {
     context: OnceLock<sys::CUcontext>,
     /// The stream of `current_stream_for`.
     pub stream: OnceLock<sys::CUstream>,
+    /// The answer of `has_kernels`, which calls ask for.
+    pub has_kernels: OnceLock<bool>,
 }
 
 impl Gpu {
@@ -99,7 +101,14 @@ impl Gpu {
         name[255] = 0;
         // SAFETY: the last byte is zero.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        Ok(Self { limits, handle, name, context: OnceLock::new(), stream: OnceLock::new() })
+        Ok(Self {
+            limits,
+            handle,
+            name,
+            context: OnceLock::new(),
+            stream: OnceLock::new(),
+            has_kernels: OnceLock::new(),
+        })
     }
 
     /// The primary context, retained once and never released: it is torch's too, and outlives every static.

@@ -19,8 +19,9 @@ include!(concat!(env!("OUT_DIR"), "/images.rs"));
 /// Without a driver, and for an ordinal that is none.
 pub fn has_kernels(op: &str, ordinal: i32) -> Result<bool> {
     let runtime = runtime(op)?;
-    let capability = runtime.gpu(op, ordinal)?.limits.capability;
-    Ok(runtime.modules.images.iter().any(|image| image.fits(capability)))
+    let gpu = runtime.gpu(op, ordinal)?;
+    let fits = || runtime.modules.images.iter().any(|image| image.fits(gpu.limits.capability));
+    Ok(*gpu.has_kernels.get_or_init(fits))
 }
 
 /// Bytes on the boundary that cuLibraryLoadData wants for a fatbin.
