@@ -27,25 +27,30 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
     From the first call on every piece of 1 MiB and more is mapped and unmapped by itself. By default glibc
     raises that bound up to 32 MiB as such pieces are freed; then it keeps smaller ones, and they hide use.
+    Free pieces of the heap, which are taken first, would stay resident: each count gives them back before.
     """
     gc.collect()
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    libc.malloc_trim(0)
-    start = peak = anonymous_bytes()
+
+    def used_bytes() -> int:
+        libc.malloc_trim(0)
+        return anonymous_bytes()
+
+    start = peak = used_bytes()
     running = threading.Event()
     running.set()
 
     def sample() -> None:
         nonlocal peak
         while running.is_set():
-            peak = max(peak, anonymous_bytes())
+            peak = max(peak, used_bytes())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
         result = call()
-        peak = max(peak, anonymous_bytes())
+        peak = max(peak, used_bytes())
     finally:
         running.clear()
         sampler.join()
